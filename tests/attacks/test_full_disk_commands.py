@@ -59,6 +59,17 @@ def test_publish_on_a_full_disk_is_one_sentence_and_leaves_no_half_bundle(kind, 
     assert cli.main(publish(models, kind, tmp_path / "300000" / "bundle")) == 0
 
 
+@pytest.mark.parametrize("format", ["onnx", "openvino", "torch"])
+def test_export_on_a_full_disk_is_one_sentence_and_leaves_nothing(format, models, tmp_path, capsys):
+    output = tmp_path / "new" / "files"
+    words = ["export", "--model", str(models / "alone"), "--output_dir", str(output), "--format", format]
+    for size in (500, 60_000):  # before and while the file is written
+        with files_up_to(size):
+            assert cli.main(words) == 1
+        error_line(capsys.readouterr().err)
+        assert list(output.parent.iterdir()) == []
+
+
 def test_publish_with_a_full_temporary_folder_keeps_the_bundle(models, tmp_path, capsys, monkeypatch):
     bundle = tmp_path / "bundle"
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import hf_regvit
-from builders import image, pixels, randomized, save_model, tiny_model
+from builders import image, mask_folder, pixels, randomized, save_model, tiny_model
 from helpers import requires_shared, shared_dir
 from hf_regvit import (
     ExportError,
@@ -26,9 +26,10 @@ from hf_regvit import (
     RegViTModel,
     load_exported,
 )
+from hf_regvit.evaluation.dense_features import model_sizes
 from hf_regvit.hub import export as export_module
-from hf_regvit.hub import export_page, exported
-from hf_regvit.hub.export import export
+from hf_regvit.hub import export_page, export_programs, exported
+from hf_regvit.hub.export import add_exported, export
 from hf_regvit.hub.export_network import NamedOutputs, network_for_task
 from hf_regvit.hub.export_programs import convert_to_file, quiet
 from hf_regvit.hub.export_proof import BOUNDS, Question, compare, cosines, failures
@@ -43,6 +44,7 @@ CLASSES = {
 }
 ENGINES = ("onnxruntime", "openvino")
 NEURONS = {"num_register_tokens": 2, "register_neurons": [[0, 3], [1, 7]]}
+HINT = "INFERENCE_PRECISION_HINT"
 STATISTICS = {"scale": 1 / 255, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25]}
 
 
@@ -149,7 +151,7 @@ def test_a_network_for_the_page_has_the_norms_and_the_attention_of_the_last_bloc
         assert prefix == model.config.use_cls_token + model.config.num_register_tokens
         mean = sum(output.attentions[-1].unbind(1)) / model.config.num_attention_heads
         np.testing.assert_allclose(found["attention"], mean[:, :prefix, -16:], rtol=1e-4, atol=1e-7)
-    with pytest.raises(ExportError, match=r"a RegViTForDepthEstimation has not\. Add --task features"):
+    with pytest.raises(ExportError, match=r"but a RegViTForDepthEstimation has none\. Add --task features"):
         NamedOutputs(tiny_model(RegViTForDepthEstimation), None, for_page=True)
     with pytest.raises(ExportError, match="the model has neither"):
         NamedOutputs(tiny_model(use_cls_token=False, num_register_tokens=0), None, for_page=True)
@@ -332,9 +334,13 @@ def test_the_folder_has_everything_and_no_path(folder):
 
 def test_the_loaded_file_equals_the_model_and_keeps_rows_apart(folder, classifier):
     loaded, images = load_exported(folder), pixels(4, 48, 24)
-    images[1] *= 3  # another artifact position
+    images[1] *= 3
+    inner = []
+    hook = classifier.base_model.layers[1].mlp.activation.register_forward_hook(lambda *words: inner.append(words[-1]))
     with torch.inference_mode():
         wanted = classifier(images).logits.numpy()
+    hook.remove()
+    assert len(set(inner[0][:, :, 7].abs().argmax(1).tolist())) > 1  # the artifacts have other positions
     found = loaded(images.numpy())
     assert np.abs(found["logits"] - wanted).max() <= 1e-5
     order = [2, 0, 3, 1]
@@ -489,13 +495,46 @@ def test_openvino_and_uint8_and_half_weights(tmp_path, monkeypatch):
         assert np.abs(loaded(np.asarray(picture)[None])["logits"] - wanted).max() <= 1e-5
     with pytest.raises(ExportError, match="holds float32, expected pixels as uint8"):
         loaded(np.zeros((1, 32, 32, 3), np.float32))
-    import openvino
-
-    can = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    for precision, kind in ((None, "'float32'"), ("bf16", "'bfloat16'" if can else "'float32'")):
-        request = load_exported(tmp_path / "files", engine="openvino", precision=precision)._run.args[0]
-        assert kind in str(request.get_compiled_model().get_property("INFERENCE_PRECISION_HINT"))
     assert all(row[-1] for row in exported.check(tmp_path / "files"))
+
+
+@pytest.mark.slow
+def test_bfloat16_is_computed_on_request_only_and_measured(tmp_path, monkeypatch):
+    model = with_processor(randomized(tiny_model(RegViTForImageClassification, num_labels=5)))
+    done = export(model, tmp_path / "files", format=["onnx", "openvino"], precision=["f32", "f16"])
+    [measured] = [file["bf16"] for file in done.files if "bf16" in file]
+    assert [file["file"] for file in done.files if "bf16" in file] == ["openvino/openvino_model.xml"]
+    images = pixels(2, 32, 32).numpy()
+
+    def load(precision=None):
+        return load_exported(tmp_path / "files", engine="openvino", precision=precision)
+
+    def computed(loaded):
+        return loaded._run.args[0].get_compiled_model().get_property(HINT).to_string()
+
+    assert computed(load()) == computed(load("f16")) == "f32"
+    if "not measured" in measured:  # the proof says no more than what this processor can do
+        with pytest.raises((ExportError, RuntimeError)):
+            load("bf16")
+    else:
+        assert computed(load("bf16")) == "bf16"
+        wanted, found = load()(images), load("bf16")(images)
+        assert measured["passed"]
+        assert {check["pixels"] for check in measured["checks"]} == {"check", "images", "random"}
+        for name, numbers in measured["outputs"].items():
+            assert 0.998 <= numbers["cosine_mean"] < 1
+            assert 1e-3 < np.abs(found[name] - wanted[name]).max() < 20 * numbers["max_error"]
+        assert "; in bfloat16 cosine 0.99" in done.summary()["openvino/openvino_model.xml"]
+
+    from openvino import Core
+
+    right = Core.compile_model  # as on a processor without bfloat16, where OpenVINO chooses float32
+    monkeypatch.setattr(
+        Core, "compile_model", lambda self, path, name, hints: right(self, path, name, hints | {HINT: "f32"})
+    )
+    with pytest.raises(ExportError, match=r"OpenVINO computes in f32, not in bf16\. Use precision='f32'"):
+        load("bf16")
+    assert computed(load()) == "f32"
 
 
 # ---- Errors ------------------------------------------------------------------------------------------------------
@@ -508,6 +547,8 @@ def test_wishes_that_cannot_be_fulfilled(tmp_path):
     (taken / "a.txt").write_text("a")
     for options, message in (
         ({"size": 30}, "size=30x30 is not a multiple of the patch size of 8 x 8. Use 32x32."),
+        ({"size": (32, 48, 3)}, "size=(32, 48, 3) is not an image size. Use 224, 336x448, stored or any."),
+        ({"size": -32}, "size=-32 is not an image size."),
         ({"size": "large"}, "size='large' is not an image size. Use 224, 336x448, stored or any."),
         ({"format": "tflite"}, "format='tflite' is unknown. Choose from onnx, openvino, torch, web."),
         ({"precision": "fp16"}, "precision='fp16' is unknown. Choose from f32, f16, int8, int8-weights."),
@@ -526,7 +567,48 @@ def test_wishes_that_cannot_be_fulfilled(tmp_path):
         export(model, taken)
     with pytest.raises(hf_regvit.UnknownProcessorError, match="No image processor was given"):
         export(tiny_model(), tmp_path / "files")
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["taken", "a.txt"]
+    with pytest.raises(ExportError, match=r"is not an empty folder\. Choose a new folder"):
+        export(model, taken / "a.txt")
+    assert (taken / "a.txt").read_text() == "a"
+
+
+def test_models_without_valid_weights_are_refused(tmp_path):
+    with pytest.raises(ExportError, match=r"on the meta device, where it has no weights\. Load its weights first"):
+        export(with_processor(tiny_model().to("meta")), tmp_path / "files")
+    broken = with_processor(tiny_model())
+    with torch.no_grad():
+        broken.layers[0].mlp.fc1.weight[0, 0] = float("nan")
+    with pytest.raises(ExportError, match=r"output cls of the model is not finite\. Export a checkpoint"):
+        export(broken, tmp_path / "files")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_opset_that_the_converter_does_not_write_is_refused(tmp_path):
+    with pytest.raises(ExportError, match=r"opset=99 is not one that can be written; the converter chose 18\. Use it"):
+        export(with_processor(tiny_model()), tmp_path / "files", format="onnx", opset=99)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_weights_above_the_limit_of_one_file_are_part_of_the_proof(tmp_path, monkeypatch):
+    monkeypatch.setattr(export_programs, "_ONE_FILE", 1000)
+    model, folder = with_processor(randomized(tiny_model())), tmp_path / "files"
+    done = export(model, folder, format="onnx", precision=["f16", "f32", "int8-weights"])
+    for file in done.files:
+        parts = [file["file"], f"{file['file']}.data"]
+        assert list(file["sha256"]) == list(file["bytes"]) == parts
+        assert file["bytes"][parts[1]] == (folder / parts[1]).stat().st_size > 30_000
+    assert all(row[-1] for row in exported.check(folder))
+    (tmp_path / "bundle").mkdir()
+    add_exported(folder, tmp_path / "bundle", model)
+    assert all(row[-1] for row in exported.check(tmp_path / "bundle"))
+    assert len([name for name in (tmp_path / "bundle" / "onnx").iterdir() if name.suffix == ".data"]) == 3
+    path = folder / "onnx" / "model.onnx.data"
+    path.write_bytes(path.read_bytes()[:-4] + b"abcd")
+    for use in (lambda: load_exported(folder), lambda: add_exported(folder, tmp_path / "bundle", model)):
+        with pytest.raises(ExportError, match=r"model\.onnx\.data' is not the file that was proved"):
+            use()
 
 
 def test_a_page_without_its_runtime_says_how_to_get_it(tmp_path, monkeypatch):
@@ -594,6 +676,31 @@ def test_extract_and_evaluate_read_an_exported_file(folder, classifier, tmp_path
 
 
 @pytest.mark.slow
+def test_dense_settings_of_an_exported_file(tmp_path):
+    from hf_regvit.app import cli
+    from hf_regvit.hub.exported_reader import open_exported
+
+    model = with_processor(randomized(tiny_model()))
+    export(model, tmp_path / "files", format="onnx", size="any")
+    for split in ("train", "validation"):
+        maps = [np.kron(np.arange(6).reshape(2, 3) % 2, np.ones((10, 8))).astype(np.uint8)] * 4
+        mask_folder(tmp_path / "data", maps, split=split)
+    file, out = str(tmp_path / "files" / "onnx" / "model.onnx"), str(tmp_path / "dense")
+    assert cli.main(["dense", "--model", file, "--data", str(tmp_path / "data"), "--output_dir", out]) == 0
+    settings = tmp_path / "dense" / "dense_settings.json"
+    assert hf_regvit.FeatureSettings.load(settings).layer == 1
+    words = ["--data", str(tmp_path / "data" / "train" / "images"), "--output_dir", str(tmp_path / "features")]
+    assert cli.main(["extract", "--model", file, *words, "--dense_settings", str(settings)]) == 0
+    images = [image(seed, (60, 80)) for seed in range(2)]
+    four = {"views": 4, "image_size": 64, "pool_to_grid": True}
+    found = hf_regvit.patch_maps(open_exported(file), images, **four)
+    np.testing.assert_allclose(found, hf_regvit.patch_maps(model, images, **four), atol=1e-5)
+    chosen = hf_regvit.FeatureSettings(model=model_sizes(hf_regvit.open_model(model)))
+    with pytest.raises(ValueError, match="Run regvit dense for this model"):
+        hf_regvit.patch_maps(open_exported(file), images, settings=chosen)
+
+
+@pytest.mark.slow
 def test_a_bundle_takes_the_exported_files_along(folder, classifier, tmp_path):
     from hf_regvit.hub.publish import publish
 
@@ -609,6 +716,67 @@ def test_a_bundle_takes_the_exported_files_along(folder, classifier, tmp_path):
     with pytest.raises(ExportError, match="was exported from another model"):
         publish(other, output_dir=tmp_path / "second", **options)
     assert not (tmp_path / "second").exists()
+
+
+@pytest.fixture(scope="module")
+def page(classifier, tmp_path_factory):
+    """Export with a page, whose runtime is not the real one."""
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "package" / "dist").mkdir(parents=True)
+    for name in export_page._RUNTIME:
+        (folder / "package" / "dist" / name).write_text(f"// {name}")
+    (folder / "package" / "package.json").write_text('{"version": "1.30.0"}')
+    formats = ["web", "openvino", "torch"]
+    export(classifier, folder / "files", format=formats, precision=["f32", "f16"], web_runtime=folder / "package")
+    return folder / "files"
+
+
+@pytest.mark.slow
+def test_a_bundle_takes_the_page_along_and_the_files_of_every_engine_but_torch(page, classifier, tmp_path):
+    from hf_regvit.hub.publish import publish
+
+    checkpoint = save_model(classifier, tmp_path / "model", classifier.image_processor)
+    done = publish(checkpoint, output_dir=tmp_path / "bundle", card={"license": "mit"}, exported=page)
+    wanted = {path.relative_to(page).as_posix() for path in page.rglob("*") if path.is_file()} - {"torch/model.pt2"}
+    assert {"index.html", "page.js", "page.css", "runtime/LICENSE.txt", "openvino/openvino_model_f16.bin"} <= wanted
+    assert len([name for name in wanted if name.startswith("runtime/")]) == 4
+    assert wanted <= set(done.bundle.names)
+    for name in wanted - {"README.md", "config.json", "preprocessor_config.json", "proof.json"}:
+        assert (tmp_path / "bundle" / name).read_bytes() == (page / name).read_bytes(), name
+    proof = json.loads((tmp_path / "bundle" / "proof.json").read_text())
+    assert proof["page"] == json.loads((page / "proof.json").read_text())["page"]
+    assert {file["engine"] for file in proof["files"]} == {"onnxruntime", "openvino"}
+    assert "`index.html` shows norms" in (tmp_path / "bundle" / "README.md").read_text()
+    again = publish(checkpoint, output_dir=tmp_path / "bundle", card={"license": "mit"}, exported=page)
+    assert again.bundle.names == done.bundle.names
+
+
+@pytest.mark.slow
+def test_a_bundle_takes_no_other_runtime_and_no_file_of_torch_alone(page, classifier, tmp_path):
+    import shutil
+
+    changed = shutil.copytree(page, tmp_path / "changed")
+    (changed / "runtime" / "ort.wasm.min.mjs").write_text("another program")
+    (tmp_path / "output").mkdir()
+    with pytest.raises(ExportError, match=r"ort\.wasm\.min\.mjs' is not the file that was proved"):
+        add_exported(changed, tmp_path / "output", classifier)
+    proof = json.loads((changed / "proof.json").read_text())
+    proof["files"] = [file for file in proof["files"] if file["engine"] == "torch"]
+    (changed / "proof.json").write_text(json.dumps(proof))
+    with pytest.raises(ExportError, match=r"has only a file of torch, .* Export the model with --format onnx"):
+        add_exported(changed, tmp_path / "output", classifier)
+
+
+def test_images_that_cannot_be_read_are_left_out_of_the_proof(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(export_module, "_write_files", lambda *words: seen.extend(words[-1]) or [])
+    (tmp_path / "images").mkdir()
+    for place in range(12):
+        image(place, (60, 80)).save(tmp_path / "images" / f"{place:02}.png")
+    first = np.random.default_rng(0).permutation(12)[0]  # a batch of its own
+    (tmp_path / "images" / f"{first:02}.png").write_bytes(b"broken")
+    export(with_processor(tiny_model()), tmp_path / "files", format="onnx", data=str(tmp_path / "images"))
+    assert [len(question.pixels) for question in seen] == [1, 2, 5, 3]
 
 
 def test_no_image_of_the_calibration_is_in_the_proof(tmp_path, monkeypatch):

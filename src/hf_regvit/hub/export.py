@@ -29,7 +29,7 @@ from ..models.saving import whole_folder, write_json
 from ..models.tokens import TokenReader
 from . import exported
 from .export_network import NamedOutputs, network_for_task
-from .export_page import write_page
+from .export_page import write_page, write_static_files
 from .export_programs import convert_to_file, file_name, halve_weights, quantize, quiet
 from .export_proof import BOUNDS, Question, answers_of, compare, failures
 from .exported import (
@@ -53,6 +53,10 @@ _PACKAGES = {"onnx": _ONNX, "openvino": ("openvino",), "torch": (), "web": _ONNX
 _TRANSFORMERS = "5.24"  # the first release with complete exporters
 _FEWEST_CALIBRATION, _FEWEST_HELD_OUT, _MOST_HELD_OUT = 32, 16, 100  # images
 _CHECK_VALUES, _CHECK_SIDE = 20_000, 224  # of check.npz, which stays below 1 MB
+_PAGE = """
+`index.html` shows norms, attention and PCA of an image in the browser. Any static host can serve this folder, such as
+`python -m http.server`.
+"""
 _MEAN_LEVELS, _LEVELS = 1.0, 16.0  # bounds of the difference between run.py and the image processor, gray levels
 
 
@@ -78,7 +82,9 @@ def describe_file(file: Mapping[str, Any]) -> str:
     numbers = file["outputs"].values()
     text = f"{sum(file['bytes'].values()) / 2**20:.1f} MiB, error {max(one['max_error'] for one in numbers):.1g}, "
     text += f"cosine {min(one['cosine_min'] for one in numbers):.5f}"
-    return text + (f", same class {100 * file['agreement']:.1f} %" if "agreement" in file else "")
+    text += f", same class {100 * file['agreement']:.1f} %" if "agreement" in file else ""
+    measured = file.get("bf16", {}).get("outputs", {}).values()
+    return text + (f"; in bfloat16 cosine {min(one['cosine_min'] for one in measured):.5f}" if measured else "")
 
 
 @dataclass(frozen=True)
@@ -245,13 +251,10 @@ def _parse_size(
 ) -> tuple[int, int] | None:
     if size is None or size == "stored" or size == "any":
         return {None: own, "stored": stored, "any": None}[size]
-    if isinstance(size, str):
-        sides = size.split("x")
-        if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-            raise ExportError(f"size={size!r} is not an image size. Use 224, 336x448, stored or any.")
-        size = [int(side) for side in sides]
-    height, *rest = [size] if isinstance(size, int) else size
-    return height, (rest or [height])[0]
+    sides = size.split("x") if isinstance(size, str) else [size] if isinstance(size, int) else size
+    if len(sides) not in (1, 2) or not all(str(side).isdecimal() for side in sides):
+        raise ExportError(f"size={size!r} is not an image size. Use 224, 336x448, stored or any.")
+    return int(sides[0]), int(sides[-1])
 
 
 def _settings_of(processor: Any, transform: EvaluationTransform) -> dict[str, Any]:
@@ -320,17 +323,18 @@ def _images_of_user(
     else:
         count = 0
     network, labels = request.network, _labels(request, source)
+    places = {source.ids[place]: place for place in order[:held]}
+    rows = [row for batch in prepare_images(source.subset(order[:held]), request.transform) for row in zip(*batch)]
     questions: list[Question] = []
-    first = 0
-    while first < held:
-        chosen = order[first : min(held, first + (1, 2, 5)[min(len(questions), 2)])]
-        first += len(chosen)
-        [(ids, pixels)] = prepare_images(source.subset(chosen), request.transform)
-        own = None if labels is None else labels[[place for place in chosen if source.ids[place] in ids]]
-        questions.append(_question("held-out", network, pixels, own))
+    while rows:
+        size = (1, 2, 5)[min(len(questions), 2)]
+        chosen, rows = rows[:size], rows[size:]
+        own = None if labels is None else labels[[places[name] for name, _ in chosen]]
+        questions.append(_question("held-out", network, torch.stack([pixels for _, pixels in chosen]), own))
     samples = []
     for _, pixels in prepare_images(source.subset(order[held : held + count]), request.transform) if count else ():
         samples += [{network.entry: one[None]} for one in network.from_normalized(pixels)]
+    held = sum(len(question.pixels) for question in questions)
     name = Path(source.name).name
     return {"samples": samples, "data": name, "images": len(samples), "held_out": held, "seed": seed}, questions
 
@@ -392,6 +396,9 @@ def _write_files(
     shutil.copyfile(exported.__file__, staged / "run.py")
     levels = _check_levels(request)
     questions = [*_standard_questions(request, levels), *held_out]
+    for name, values in questions[0].expected.items():
+        if not np.isfinite(values).all():
+            raise ExportError(f"The output {name} of the model is not finite. Export a checkpoint with valid weights.")
     _write_check(staged / "check.npz", levels, request.sides, questions[0])
     proof = _describe(request, questions[0]) | page
     network.freeze(request.size)
@@ -491,16 +498,31 @@ def _prove(staged: Path, entry: dict[str, Any], questions: Sequence[Question], w
     missed = failures(precision, found)
     entry |= found | {"passed": not missed}
     entry["run_check"] = {"max_error": BOUNDS["f32"]["max_error"], "cosine": 0.99999}
+    if (engine, precision) == ("openvino", "f32"):
+        entry["bf16"] = _in_bf16(staged, questions)
     if precision != "f32":
         same = [difference(answers[0][name], values)[1] for name, values in questions[0].expected.items()]
         entry["run_check"] = {"cosine": min(0.9999, min(same) - 0.02)}
     return missed
 
 
+def _in_bf16(staged: Path, questions: Sequence[Question]) -> dict[str, Any]:
+    """Return the comparison of the f32 file of OpenVINO, computed in bfloat16, or the reason why there is none."""
+    try:
+        answers = answers_of(staged, "openvino", "bf16", questions, wrong_size=None)
+    except ExportError:
+        return {"not measured": "OpenVINO cannot compute in bfloat16 on this processor."}
+    if not all(np.isfinite(values).all() for outputs in answers for values in outputs.values()):
+        return {"not measured": "The outputs in bfloat16 are not finite."}
+    found = compare(questions, answers)
+    return {"bounds": BOUNDS["bf16"], **found, "passed": not failures("bf16", found)}
+
+
 def _refusal(entry: Mapping[str, Any], missed: Sequence[str]) -> ExportError:
     advice = "Report this, with the versions of the packages: the file must equal the model."
     if entry["precision"].startswith("int8"):
-        advice = "Calibrate on more images like those of the use, take --precision f16, or add --accept int8."
+        more = "Calibrate on more images like those of the use, or take" if entry["precision"] == "int8" else "Take"
+        advice = f"{more} --precision f16; --accept {entry['precision']} writes the file all the same."
     if costs := entry.get("block_costs"):
         worst = ", ".join(f"{block} ({100 * cost:.1f} %)" for block, cost in list(costs.items())[:3])
         advice += f" The blocks that add the largest error to the tokens are {worst}."
@@ -540,14 +562,22 @@ def _block_costs(
 
 
 def add_exported(folder: Path, output: Path, model: Any) -> str:
-    """Add the ONNX and OpenVINO files of an export to a folder, and return their description for a model card.
+    """Add the ONNX and OpenVINO files and the page of an export to a folder, and return their description for a card.
 
     Raises:
-        ExportError: A file was changed, or the outputs in `check.npz` are not those of the model.
+        ExportError: A file was changed, none may be published, or the outputs in `check.npz` are not the model's.
     """
     proof = load_proof(folder)
-    proof["files"] = [file for file in proof["files"] if file["engine"] != "torch"]  # a pickle is never published
+    proof["files"] = [file for file in proof["files"] if file["engine"] != "torch"]
+    if not proof["files"]:
+        raise ExportError(
+            f"'{folder}' has only a file of torch, which can run any code when it is loaded and is never published. "
+            "Export the model with --format onnx or openvino."
+        )
     parts = {name: digest for file in proof["files"] for name, digest in file["sha256"].items()}
+    if "page" in proof:
+        write_static_files(output)
+        parts |= proof["page"]["sha256"]
     for name, digest in parts.items():
         if not may_be_published(name) or not (folder / name).is_file():
             raise ExportError(f"'{folder}' has no file '{name}' of an export. Export the model again.")
@@ -593,7 +623,7 @@ Outputs: {outputs}.
 
 `python run.py image.jpg` runs a file with NumPy, Pillow and its engine. `python run.py --check` compares the outputs
 on your machine with those of PyTorch. `proof.json` has all numbers and the preprocessing.
-"""
+{_PAGE if "page" in proof else ""}"""
 
 
 def _shown(shape: Sequence[Any]) -> str:

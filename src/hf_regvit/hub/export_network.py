@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -31,17 +32,19 @@ class NamedOutputs(nn.Module):
             (B, T, N) of CLS and registers to the patches in the last block, the mean over heads.
 
     Raises:
-        ExportError: The model has a head for maps, or none of CLS and registers, but `for_page` is set.
+        ExportError: The model has no weights, or it has none of the outputs that `for_page` needs.
     """
 
     def __init__(
         self, model: RegViTPreTrainedModel, statistics: Mapping[str, Any] | None, *, for_page: bool = False
     ) -> None:
         super().__init__()
+        if model.device.type == "meta":
+            raise ExportError("The model is on the meta device, where it has no weights. Load its weights first.")
         copied: Any = copy.deepcopy(model)
         copied.to("cpu", torch.float32).requires_grad_(False)
         if for_page and not isinstance(model, RegViTModel | RegViTForImageClassification):
-            raise ExportError(f"The page shows tokens, which a {type(model).__name__} has not. Add --task features.")
+            raise ExportError(f"The page shows tokens, but a {type(model).__name__} has none. Add --task features.")
         if for_page and not model.config.num_prefix_tokens:
             raise ExportError("The page shows the attention of CLS and registers, but the model has neither.")
         copied.set_attn_implementation("eager" if for_page else "sdpa")
@@ -114,6 +117,25 @@ class NamedOutputs(nn.Module):
             for mlp, neurons in zip(mlps, kept):
                 mlp.register_neurons = neurons
 
+    @contextmanager
+    def for_onnxruntime(self) -> Iterator[None]:
+        """Compute for a while in the steps that ONNX Runtime runs fastest.
+
+        It adds a bias within the matrix product only if the product has two axes, and the converter's form of an
+        attention in one step would copy the keys.
+        """
+        attention = self.model.config._attn_implementation
+        linears = [module for module in self.model.modules() if type(module) is nn.Linear and module.bias is not None]
+        self.model.set_attn_implementation("eager")
+        try:
+            for module in linears:
+                module.forward = partial(_linear_of_rows, module)  # type: ignore[method-assign]
+            yield
+        finally:
+            self.model.set_attn_implementation(attention)
+            for module in linears:
+                del module.forward
+
     def freeze(self, size: tuple[int, int] | None) -> None:
         """Store the positions of one image size, so that the trace resamples none; None keeps every size possible."""
         backbone = self.model.base_model
@@ -142,6 +164,11 @@ class _AnyGrid(tuple):
 
     def __eq__(self, other: object) -> bool:
         return False
+
+
+def _linear_of_rows(module: nn.Linear, inputs: Tensor) -> Tensor:
+    rows = torch.addmm(module.bias, inputs.flatten(0, -2), module.weight.T)
+    return rows.unflatten(0, inputs.shape[:-1])
 
 
 def _tokens(output: Any, config: Any) -> dict[str, Tensor]:

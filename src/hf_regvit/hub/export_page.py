@@ -13,7 +13,8 @@ from .exported import ExportError, sha256
 PACKAGE = "onnxruntime-web@1.30.0"  # the version that was tested
 _RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 _TEMPLATES = Path(__file__).parent / "templates"
-_PAGE = {"page.html": "index.html", "page.css": "page.css", "page.js": "page.js", "onnxruntime_web.txt": "LICENSE.txt"}
+_PAGE = {"page.html": "index.html", "page.css": "page.css", "page.js": "page.js"}
+_PAGE |= {"onnxruntime_web.txt": "runtime/LICENSE.txt"}
 
 
 def write_page(folder: Path, runtime: str | Path | None) -> dict[str, Any]:
@@ -29,9 +30,9 @@ def write_page(folder: Path, runtime: str | Path | None) -> dict[str, Any]:
     Raises:
         ExportError: There is no runtime; the message says how to get it.
     """
+    write_static_files(folder)
     target = folder / "runtime"
-    target.mkdir()
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         package = Path(runtime) if runtime else _download(Path(work))
         if missing := [name for name in _RUNTIME if not (package / "dist" / name).is_file()]:
             raise ExportError(
@@ -41,9 +42,14 @@ def write_page(folder: Path, runtime: str | Path | None) -> dict[str, Any]:
         for name in _RUNTIME:
             shutil.copyfile(package / "dist" / name, target / name)
         version = json.loads((package / "package.json").read_text(encoding="utf-8"))["version"]
-    for source, name in _PAGE.items():
-        shutil.copyfile(_TEMPLATES / source, (target if name == "LICENSE.txt" else folder) / name)
     return {"onnxruntime-web": version, "sha256": {f"runtime/{name}": sha256(target / name) for name in _RUNTIME}}
+
+
+def write_static_files(folder: Path) -> None:
+    """Write the page without its runtime, and the license of the runtime."""
+    (folder / "runtime").mkdir()
+    for source, name in _PAGE.items():
+        shutil.copyfile(_TEMPLATES / source, folder / name)
 
 
 def _download(work: Path) -> Path:

@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..models.foreign_weights import quiet_transformers
+from .exported import ExportError
 
 FILES = {"onnxruntime": "onnx/model.onnx", "openvino": "openvino/openvino_model.xml", "torch": "torch/model.pt2"}
 SMOOTH_QUANT_ALPHA = 0.95  # default of NNCF 3.4; stated, because its authors consider another one (nncf pull 1945)
@@ -52,7 +53,7 @@ def convert_to_file(
     """Trace a network with named outputs for any number of images, and save it in float32.
 
     Args:
-        network: Module that takes the tensor in `sample` and returns a dict of tensors.
+        network: `NamedOutputs` that takes the tensor in `sample`.
         sample: Name and example of the input, at least two images.
         engine: Engine of the file.
         path: File to write.
@@ -74,17 +75,31 @@ def convert_to_file(
         for module in program.graph_module.modules():
             for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
                 node.meta.pop("stack_trace", None)  # it has the paths of source files on this machine
-        torch.export.save(program, path)
+        buffer = BytesIO()  # torch ends the process if it cannot write to a disk
+        torch.export.save(program, buffer)
+        path.write_bytes(buffer.getbuffer())
     elif engine == "onnxruntime":
         config = OnnxConfig(dynamic_shapes=shapes, opset_version=opset)
-        _save_onnx(OnnxExporter().export_program(network, sample, config)[0], path)
+        with network.for_onnxruntime():
+            model = OnnxExporter().export_program(network, sample, config)[0]
+        if (written := model.opset_imports[""]) != opset:
+            raise ExportError(f"opset={opset} is not one that can be written; the converter chose {written}. Use it.")
+        _save_onnx(model, path)
     else:
-        import openvino
-
         model = OpenVINOExporter().export_program(network, sample, OpenVINOConfig(dynamic_shapes=shapes))[0]
         if not any_size:  # the program declares free sides, but has the shapes of the sample inside
             model.reshape([-1, *example.shape[1:]])
-        openvino.save_model(model, str(path), compress_to_fp16=False)
+        _save_openvino(model, path)
+
+
+def _save_openvino(model: Any, path: Path, *, half: bool = False) -> None:
+    import openvino
+
+    try:
+        openvino.save_model(model, str(path), compress_to_fp16=half)
+    except RuntimeError:
+        path.write_bytes(bytes(2**20))  # says that the disk is full, which OpenVINO does not, if that is the reason
+        raise
 
 
 def _save_onnx(model: Any, path: Path) -> None:
@@ -105,7 +120,7 @@ def halve_weights(engine: str, source: Path, path: Path) -> None:
     if engine == "openvino":
         import openvino
 
-        openvino.save_model(openvino.Core().read_model(str(source)), str(path), compress_to_fp16=True)
+        _save_openvino(openvino.Core().read_model(str(source)), path, half=True)
         return
     import onnx_ir
 
@@ -162,8 +177,7 @@ def quantize(
         import openvino
 
         model = openvino.Core().read_model(str(source))
-        model = NNCFOpenVINOQuantizer(config, samples).quantize(model, {}, ExportFormat.OPENVINO)
-        openvino.save_model(model, str(path), compress_to_fp16=False)
+        _save_openvino(NNCFOpenVINOQuantizer(config, samples).quantize(model, {}, ExportFormat.OPENVINO), path)
     else:
         import onnx_ir
 

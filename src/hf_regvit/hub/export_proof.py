@@ -92,7 +92,7 @@ def answers_of(
     if wrong_size is not None:
         inputs["wrong_size"] = wrong_size
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory(dir=folder.resolve().parent) as work:  # the disk that has space for the files
         np.savez(Path(work, "questions.npz"), **inputs)  # type: ignore[arg-type]  # names of arrays
         words = [str(folder.resolve()), work, engine, precision, str(torch.get_num_threads())]
         done = subprocess.run(

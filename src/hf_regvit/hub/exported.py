@@ -122,13 +122,15 @@ def load_exported(
         engine: "openvino", "onnxruntime" or "torch", whose files can run any code, so trust their author. Default:
             the first of openvino and onnxruntime that is installed and has a file.
         precision: "f32", "f16", "int8" or "int8-weights", as exported; all of them compute the rest in float32.
-            "bf16" computes the f32 file of OpenVINO in bfloat16. Default: f32, or the first precision in the folder.
+            "bf16" computes the f32 file of OpenVINO in bfloat16, see `bf16` in its entry of the proof. Default: f32,
+            or the first precision in the folder.
         threads: Number of threads. Default: the processors that this process may use.
         verify: Whether to compare the checksum of the file with the proof.
         resize: Whether to resize arrays of another size instead of refusing them.
 
     Raises:
-        ExportError: The folder has no such file, or the file differs from the one that was proved.
+        ExportError: The folder has no such file, the file differs from the one that was proved, or the processor
+            cannot compute in bfloat16.
         ImportError: The engine is not installed.
     """
     folder = Path(folder)
@@ -208,7 +210,10 @@ def _openvino(path: str, threads: int, hint: str, entry: str) -> Run:
     import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-    return partial(_infer, openvino.Core().compile_model(path, "CPU", settings).create_infer_request())
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    if (computed := compiled.get_property("INFERENCE_PRECISION_HINT").to_string()) != hint:
+        raise ExportError(f"On this processor, OpenVINO computes in {computed}, not in {hint}. Use precision='f32'.")
+    return partial(_infer, compiled.create_infer_request())
 
 
 def _infer(request: Any, pixels: np.ndarray) -> Arrays:

@@ -19,8 +19,9 @@ WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetens
 _ROOT_FILES = {"config.json", "preprocessor_config.json", CARD, "manifest.json", "recipe.yaml", "LICENSE", *CODE_FILES}
 _ROOT_FILES |= {"metrics.json", "curves.png", "confusion_matrix.png"}  # of fine-tuned models; no images of the data
 _ROOT_FILES |= {"proof.json", "check.npz", "run.py"}  # of an export, with its folders; never a pickle of torch
+_ROOT_FILES |= {"index.html", "page.css", "page.js"}  # of an export with a page
 _FOLDERS = {"figures": {".png"}, "reports": {".json", ".jsonl"}, "onnx": {".onnx", ".data"}}
-_FOLDERS |= {"openvino": {".xml", ".bin"}}
+_FOLDERS |= {"openvino": {".xml", ".bin"}, "runtime": {".mjs", ".wasm", ".txt"}}  # the last one is that of a page
 
 
 # ---- What may be sent --------------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ _DOUBTFUL = {
 }
 # Images encoded as text in reports: base64 of a JPEG begins like a path.
 _INLINE_IMAGES = re.compile(r"data:[\w/+.-]+;base64,([A-Za-z0-9+/=]+)|(?<=\")([A-Za-z0-9+/]{400,}={0,2})(?=\")")
-_TEXT = {".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".html", ".svg", ""}
+_TEXT = {".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".html", ".css", ".js", ".svg", ""}
 MOST_TEXT = 2**26  # bytes of a text file; searching a larger one would take many minutes
 # Chunks of a PNG that hold pixels or numbers. All others can hold text, and so can what follows the last one.
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD"}

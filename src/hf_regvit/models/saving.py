@@ -121,7 +121,7 @@ def explain_full_disk(path: Path, unfinished: Path | None = None, needed: int = 
         most = f"about {as_bytes(needed)}" if needed > written else f"more than {as_bytes(written)}"
         raise NoSpaceError(
             f"'{path}' could not be written ({os.strerror(number)}): it needs {most}, and "
-            f"{as_bytes(free_bytes(path.parent))} are free. Free some space, or choose a folder on another disk, and "
+            f"{as_bytes(free_bytes(path))} are free. Free some space, or choose a folder on another disk, and "
             "run again."
         ) from error
 
