@@ -148,8 +148,8 @@ class MultiCrop:
             sample_id: Index of the image in its source.
 
         Returns:
-            `global_crops` (2, 3, S, S) and `local_crops` (L, 3, s, s), uint8; see `normalize_pixels`. With `gram_size`,
-            also `gram_crops` (2, 3, S', S').
+            `global_crops` (2, 3, S, S) and `local_crops` (L, 3, s, s), uint8; see `normalize_pixels`. If `gram_size`
+            is set, also `gram_crops` (2, 3, S', S').
         """
         whole, views = self.parameters(image.size, seed=seed, epoch=epoch, sample_id=sample_id)
         return self.render(image, whole, views)

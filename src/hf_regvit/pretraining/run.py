@@ -25,6 +25,7 @@ from transformers import TrainerCallback, set_seed
 from ..data.augmentation import MultiCrop
 from ..data.bad_images import BadImages
 from ..data.loading import load_images, stream_images
+from ..data.maps import has_masks, without_masks
 from ..figures.curves import draw_curves
 from ..hub.card import write_card_file
 from ..hub.facts import pretraining_facts, public_recipe
@@ -48,6 +49,7 @@ from ..training.run_folder import BAD_IMAGES, RunRecord, run_environment, run_lo
 from ..training.samplers import EpochSampler
 from .arguments import PretrainingArguments
 from .collapse import Alarm, CollapseAlarms, CollapseError
+from .comparison import BestTeacher
 from .continuation import ADAPTER, choose_trained, write_adapter
 from .crops import DinoCollator, MultiCropDataset, MultiCropStream
 from .distillation import HeadShape, SelfDistillation
@@ -142,8 +144,10 @@ def _build_trainer(
         data_collator = _build_collator(args, config, args.global_crop_size, image_processor)
     high_resolution = _enlarged(args, config, train_dataset, image_processor) if args.high_resolution_steps else None
     output = args.folder
-    watching = observers(args, train_dataset, image_processor=image_processor)
+    started_from = network.whole_teacher_backbone() if start else None
+    watching = observers(args, train_dataset, image_processor=image_processor, start=started_from)
     metrics = MetricsFile(output / "metrics.jsonl")
+    best = [BestTeacher(output, image_processor, metrics)] if start and args.knn_steps else []
     alarms = CollapseAlarms(args, config, stop=args.stop_on_collapse, metrics=metrics)
     trainer = DinoTrainer(
         network,
@@ -151,7 +155,7 @@ def _build_trainer(
         train_dataset=train_dataset,
         data_collator=data_collator,
         high_resolution=high_resolution,
-        callbacks=[RunRecord(output, args.resolved()), *callbacks, *watching, metrics, alarms],
+        callbacks=[RunRecord(output, args.resolved()), *callbacks, *watching, metrics, alarms, *best],
         image_processor=image_processor,
     )
     return trainer, alarms
@@ -335,6 +339,8 @@ def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
         bad_images = BadImages(record, max_bad_share=args.max_bad_share)
         return MultiCropStream(streams, multi_crop, seed=args.seed, weights=args.data_weights, bad_images=bad_images)
     source = load_images(args.data, split="train", **columns)
+    if len(args.data) == 1 and has_masks(args.data[0]):
+        source = without_masks(source)
     logger.info("Training: %s.", source.counted())
     bad_images = BadImages(record, max_bad_share=args.max_bad_share, num_images=len(source))
     return MultiCropDataset(source, multi_crop, seed=args.seed, bad_images=bad_images)
@@ -409,6 +415,7 @@ def _report(trainer: DinoTrainer, *, since_start: float) -> dict[str, Any]:
     history = trainer.state.log_history
     losses = [entry for entry in history if "loss" in entry]
     probes = [item for item in trainer.callback_handler.callbacks if isinstance(item, OnlineKNN)]
+    best = [item.best for item in trainer.callback_handler.callbacks if isinstance(item, BestTeacher)]
     return {
         "steps": trainer.state.global_step,
         "images_seen": trainer.state.global_step * trainer.args.images_per_step,
@@ -426,6 +433,7 @@ def _report(trainer: DinoTrainer, *, since_start: float) -> dict[str, Any]:
             for entry in history
             if any(key.startswith("eval_knn") for key in entry)
         ],
+        "best": dict(zip(("step", "score"), best[0], strict=True)) if best and best[0] else None,
         "knn_images": [
             {"fitted_on": len(knn.neighbors), "judged": len(knn.heldout), "held_out": knn.is_held_out}
             for knn in probes
