@@ -5,7 +5,7 @@
 
 Every setting runs once on every image, and both directions share the results. In the combined score, every image
 counts once, with the settings selected on the other half. 288 settings take about one second per image of 480 x 360
-pixels on one core.
+pixels on one core. `--image_size` and `--views` read the features as `regvit evaluate --dense_settings` does.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hf_regvit import FeatureSettings
 from hf_regvit.data.loading import load_images
 from hf_regvit.evaluation.intervals import bootstrap_interval
 from hf_regvit.evaluation.lost import AttentionSettings, Method
@@ -98,12 +99,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--max_images", type=int)
+    parser.add_argument("--image_size", type=int, help="shorter side; default: the images' own size")
+    parser.add_argument("--views", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     reader = open_model(args.model)
     description = reader.description
     heads = [AttentionSettings("mean"), *(AttentionSettings(head) for head in range(description.num_heads))]
     methods = [*Lost.Settings().candidates(description.num_layers), *heads]
+    dense = FeatureSettings(views=args.views, image_size=args.image_size) if args.image_size else None
     results = {"model": args.model, "seed": args.seed, "threads": torch.get_num_threads(), "data": {}}
     for name in args.data:
         source = load_images(name, split=None)
@@ -112,7 +116,7 @@ def main(argv: Sequence[str]) -> int:
             source = source.subset(sorted(drawn.tolist()))
         source, truth, _ = images_with_boxes(source, ground_truth_boxes(source))
         started = time.perf_counter()
-        table = measure_overlaps(reader, source, truth, methods, label=name)
+        table = measure_overlaps(reader, source, truth, methods, dense=dense, label=name)
         result = both_directions(table, args.seed)
         result["seconds"] = round(time.perf_counter() - started, 1)
         result["all_settings"] = {str(m): float(c) for m, c in zip(methods, table.corloc())}

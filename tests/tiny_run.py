@@ -6,7 +6,7 @@ import gc
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
-from transformers import ViTImageProcessorFast
+from transformers import ViTImageProcessor
 
 import builders
 from hf_regvit import RegViTModel
@@ -38,7 +38,7 @@ def tiny_network(*, seed=0, config=None, **options):
 def frozen_teacher(*, seed=5, **fields):
     """A teacher of another width, patch size and normalization than the student of `tiny_network`."""
     model = builders.randomized(builders.tiny_model(hidden_size=24, image_size=32, patch_size=8, **fields), seed=seed)
-    model.image_processor = ViTImageProcessorFast(
+    model.image_processor = ViTImageProcessor(
         size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.25, 0.5, 0.75]
     )
     return FrozenTeacher(model)

@@ -6,6 +6,7 @@ import re
 import runpy
 import socket
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -17,10 +18,12 @@ from PIL import Image
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from builders import noise, tiny_model, with_outliers
+from hf_regvit import FeatureSettings
 from hf_regvit.app import cli
 from hf_regvit.app.demo import build_app, launch_options, write_features, write_figures
 from hf_regvit.app.demo_page import MapRequest, read_views, results_page
 from hf_regvit.app.exploration import Explorer, InputImage
+from hf_regvit.evaluation import dense_features
 from hf_regvit.evaluation.extraction import TokenFeatures
 from hf_regvit.models.processing import default_image_processor
 from hf_regvit.models.tokens import TokenReader
@@ -186,6 +189,29 @@ def test_nan_is_named():
     model.layers[1].mlp.fc1.weight.data[:] = float("nan")
     with pytest.raises(ValueError, match="'broken' produces NaN"):
         Explorer({"broken": TokenReader(model, default_image_processor(32))}, reference=[noise(0, SIZE)])
+
+
+def test_settings_of_dense_features_set_the_first_view_and_average_views(tmp_path):
+    settings = FeatureSettings(layer=2, views=4, image_size=48, pool_to_grid=True)
+    settings.save(tmp_path / "dense_settings.json")
+    models, reference = {"m": reader(), "other": reader(num_register_tokens=0)}, [noise(0, SIZE)]
+    explorer = Explorer(models, reference=reference, settings=tmp_path / "dense_settings.json")
+    assert explorer.default_side("m") == 48
+    view, plain = explorer.view(IMAGE, "m", side=48, layer=2), Explorer(models, reference=reference)
+    pixels = explorer.readers["m"].transform_for(image_size=48, keep_aspect=True)(IMAGE.image)[None]
+    expected = dense_features.read_views(explorer.readers["m"], pixels, (2,), views=4).patches()[0]
+    assert view.grid == (12, 18)
+    torch.testing.assert_close(view.patches, expected, atol=1e-5, rtol=0)
+    one = plain.view(IMAGE, "m", side=48, layer=2)
+    assert (view.patches - one.patches).abs().max() > 1e-3
+    torch.testing.assert_close(view.norms, one.norms)
+    torch.testing.assert_close(view.attention, one.attention)
+    app = build_app(models, reference=reference, dense_settings=str(tmp_path / "dense_settings.json"))
+    values = {part["props"].get("elem_id"): part["props"].get("value") for part in app.config["components"]}
+    assert (values["layer"], values["side"]) == (2, 48)
+    replace(settings, model={"family": "clip"}).save(tmp_path / "dense_settings.json")
+    with pytest.raises(ValueError, match="Run regvit dense for this model"):
+        Explorer(models, reference=reference, settings=tmp_path / "dense_settings.json")
 
 
 def test_layer_and_empty_models_are_refused(explorer):

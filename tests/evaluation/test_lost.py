@@ -11,7 +11,9 @@ from PIL import Image
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from builders import noise, tiny_model
+from hf_regvit import FeatureSettings
 from hf_regvit.evaluation.boxes import best_iou, box_iou
+from hf_regvit.evaluation.dense_features import read_views
 from hf_regvit.evaluation.lost import (
     AttentionSettings,
     LostSettings,
@@ -245,12 +247,12 @@ def test_shares_and_similarities_of_exactly_zero_are_not_positive():
 
 def test_padding_goes_by_the_height_and_the_width_of_a_patch():
     transform = EvaluationTransform.for_model(MODEL, PROCESSOR)
-    pixels, scale = _padded(noise(0, (37, 26)), transform, (8, 16), 640)
-    assert (tuple(pixels.shape), scale) == ((3, 32, 48), 1.0)
+    pixels = _padded(noise(0, (37, 26)), transform, (8, 16), 1.0)
+    assert tuple(pixels.shape) == (3, 32, 48)
     assert not pixels[:, 26:].any()
     assert not pixels[:, :, 37:].any()
-    pixels, scale = _padded(noise(0, (37, 26)), transform, (8, 16), 20)
-    assert (tuple(pixels.shape), scale) == ((3, 16, 32), 20 / 37)  # read at 20 x 14
+    pixels = _padded(noise(0, (37, 26)), transform, (8, 16), 20 / 37)
+    assert tuple(pixels.shape) == (3, 16, 32)  # read at 20 x 14
 
 
 def test_settings_name_themselves():
@@ -440,6 +442,41 @@ def test_large_images_are_read_smaller_and_boxes_refer_to_the_original():
     assert large.image_size == (60, 90)
     assert large.box == tuple(2 * side for side in same.box)
     assert torch.equal(large.result.degrees, same.result.degrees)
+
+
+def test_settings_of_dense_features_set_block_views_and_size(tmp_path):
+    """Recompute the patches of one setting with `read_views`; other features use the same views."""
+    image, reader = noise(0, (36, 24)), open_model(MODEL, processor=PROCESSOR)
+    settings = FeatureSettings(layer=2, views=4, image_size=48, pool_to_grid=True)
+    settings.save(tmp_path / "dense_settings.json")
+    options = {"feature": "out", "center": "image", "dense_settings": tmp_path / "dense_settings.json"}
+    (found,) = discover_objects(reader, [image], **options)
+    pixels = padded(image.resize((72, 48), Image.Resampling.BICUBIC), 72, 48)
+    patches = read_views(reader, pixels, (2,), views=4, grid=(4, 6), final_norm=False).patches()[0]
+    expected = lost_box(patches, (4, 6), LostSettings(center="image"))
+    assert found.result.cells == expected.cells
+    torch.testing.assert_close(found.result.scores, expected.scores, atol=1e-4, rtol=1e-4)
+    x1, y1, x2, y2 = expected.cells
+    assert found.box == (6 * x1, 6 * y1, 6 * x2, 6 * y2)
+    (keys,) = discover_objects(reader, [image], dense_settings=settings)
+    assert keys.result.mask.shape == (4, 6)
+    own = replace(settings, image_size=None)
+    (same,) = discover_objects(reader, [image], dense_settings=own)
+    assert same.result.mask.shape == (4, 6)  # the image size of the model, 32, times the aspect
+    with pytest.raises(ValueError, match="settings and layer are given"):
+        discover_objects(reader, [image], layer=1, dense_settings=settings)
+
+
+def test_attention_keeps_its_grid_beside_pooled_features():
+    image, reader = noise(0, (36, 24)), open_model(MODEL, processor=PROCESSOR)
+    dense = FeatureSettings(layer=2, views=1, image_size=48, pool_to_grid=True)
+    methods = [LostSettings("k", 2), AttentionSettings()]
+    (both,) = propose(reader, [image], methods, dense=dense)
+    lost, mask = both.results
+    assert (tuple(lost.mask.shape), tuple(mask.shape)) == ((4, 6), (6, 9))
+    (alone,) = propose(reader, [image], methods[1:], dense=dense)
+    assert torch.equal(alone.results[0], mask)
+    assert alone.boxes[0] == both.boxes[1]
 
 
 def test_broken_images_are_left_out_and_names_kept(tmp_path, caplog):

@@ -11,6 +11,7 @@ from datasets import List, Value
 from PIL import Image as Pillow
 
 from builders import image_table, tiny_model
+from hf_regvit import FeatureSettings
 from hf_regvit.app import cli
 from hf_regvit.data.loading import load_images
 from hf_regvit.evaluation.boxes import best_iou
@@ -278,6 +279,17 @@ def test_training_images_of_their_own(data):
     assert report.lost.choice["num_images"] == 4
 
 
+def test_a_file_of_dense_settings_sets_block_views_and_size(data, tmp_path):
+    FeatureSettings(layer=1, views=4, image_size=48).save(tmp_path / "dense_settings.json")
+    options = {"tasks": ["lost"], "lost_features": ["k"], "dense_settings": str(tmp_path / "dense_settings.json")}
+    report = evaluate_backbone(READER, data, **options)
+    assert report.lost.settings.layer == 1
+    assert report.lost.protocol["dense"]["views"] == 4
+    assert "shorter side 48 px, 4 views" in report.scores[0].protocol
+    assert "pooled" not in report.scores[0].protocol
+    assert EvaluationReport.load(report.save(tmp_path / "report.json")) == report
+
+
 def test_vanilla_is_there_to_compare_with(data):
     scores = evaluate_backbone(READER, data, **OPTIONS).lost.scores
     assert list(scores) == ["lost", "vanilla", "attention", "center_box", "full_image"]
@@ -291,6 +303,7 @@ def test_vanilla_is_there_to_compare_with(data):
         ({"max_images": 1}, "of 1 images, but at least 2"),
         ({"lost_layers": [-9]}, "no setting for a model of 2 blocks"),
         ({"boxes": "number"}, "not a box of four numbers"),
+        ({"dense_settings": "dense_settings.json"}, "dense_settings names a block, and so does lost_layers"),
     ],
 )
 def test_what_cannot_be_evaluated_is_named(data, change, message):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import hf_regvit
-from builders import image, pixels, randomized, save_model, tiny_model
+from builders import image, mask_folder, pixels, randomized, save_model, tiny_model
 from helpers import requires_shared, shared_dir
 from hf_regvit import (
     ExportError,
@@ -26,6 +26,7 @@ from hf_regvit import (
     RegViTModel,
     load_exported,
 )
+from hf_regvit.evaluation.dense_features import model_sizes
 from hf_regvit.hub import export as export_module
 from hf_regvit.hub import export_page, export_programs, exported
 from hf_regvit.hub.export import add_exported, export
@@ -672,6 +673,31 @@ def test_extract_and_evaluate_read_an_exported_file(folder, classifier, tmp_path
     assert cli.main(["evaluate", *words]) == 0
     report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
     assert report["reports"][0]["model"] == "files/onnx/model.onnx"
+
+
+@pytest.mark.slow
+def test_dense_settings_of_an_exported_file(tmp_path):
+    from hf_regvit.app import cli
+    from hf_regvit.hub.exported_reader import open_exported
+
+    model = with_processor(randomized(tiny_model()))
+    export(model, tmp_path / "files", format="onnx", size="any")
+    for split in ("train", "validation"):
+        maps = [np.kron(np.arange(6).reshape(2, 3) % 2, np.ones((10, 8))).astype(np.uint8)] * 4
+        mask_folder(tmp_path / "data", maps, split=split)
+    file, out = str(tmp_path / "files" / "onnx" / "model.onnx"), str(tmp_path / "dense")
+    assert cli.main(["dense", "--model", file, "--data", str(tmp_path / "data"), "--output_dir", out]) == 0
+    settings = tmp_path / "dense" / "dense_settings.json"
+    assert hf_regvit.FeatureSettings.load(settings).layer == 1
+    words = ["--data", str(tmp_path / "data" / "train" / "images"), "--output_dir", str(tmp_path / "features")]
+    assert cli.main(["extract", "--model", file, *words, "--dense_settings", str(settings)]) == 0
+    images = [image(seed, (60, 80)) for seed in range(2)]
+    four = {"views": 4, "image_size": 64, "pool_to_grid": True}
+    found = hf_regvit.patch_maps(open_exported(file), images, **four)
+    np.testing.assert_allclose(found, hf_regvit.patch_maps(model, images, **four), atol=1e-5)
+    chosen = hf_regvit.FeatureSettings(model=model_sizes(hf_regvit.open_model(model)))
+    with pytest.raises(ValueError, match="Run regvit dense for this model"):
+        hf_regvit.patch_maps(open_exported(file), images, settings=chosen)
 
 
 @pytest.mark.slow

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from builders import save_model, tiny_source
+from builders import encoded, image_table, mask_folder, noise, save_model, tiny_source
 from hf_regvit import RegViTConfig, RegViTModel
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +102,35 @@ def test_the_quickstart_runs(workplace):
     assert ran == ["doctor", "diagnose", "convert", "pretrain"]
     assert (workplace / "diagnosis" / "report.html").is_file()
     assert (workplace / "runs" / "first" / "backbone" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_page_on_dense_features_runs(workplace):
+    """Run the page without the demo, with a small model, its image sizes, and small data of every kind."""
+    bin_folder = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    maps = [np.kron(np.arange(6).reshape(2, 3) % 2, np.ones((10, 8))).astype(np.uint8)] * 6
+    for split in ("train", "validation"):
+        mask_folder(workplace / "scenes", maps, split=split)
+    for name in ("a.jpg", "b.jpg"):
+        noise(0, (48, 40)).save(workplace / name)
+    rows = [encoded(noise(seed, (48, 40))) for seed in range(4)]
+    image_table(workplace / "boxes.parquet", image=rows, bbox=[[4.0, 4.0, 20.0, 20.0]] * 4)
+    ran = []
+    for language, code in BLOCK.findall((ROOT / "docs" / "how_to" / "better_dense_features.md").read_text()):
+        code = "\n".join(line for line in code.splitlines() if not line.startswith("regvit demo"))
+        for word, small in {
+            "MODEL": "backbone", "FOLDER": "scenes", "IMAGES": "my_photos", "BOXES": "boxes.parquet",
+            "224 448": "32 64", "layer=9": "layer=1", "--tasks segmentation": "--tasks segmentation --dense_steps 4",
+        }.items():  # fmt: skip
+            code = code.replace(word, small)
+        command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        ran += re.findall(r"^regvit (\w+)", code, flags=re.M)
+    assert ran == ["dense", "extract", "evaluate", "evaluate"]
+    assert (workplace / "dense" / "dense_settings.json").is_file()
+    assert (workplace / "objects" / "report.json").is_file()
 
 
 def check_run_folder(folder: Path, text: str) -> None:

@@ -2,19 +2,52 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import peft
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPImageProcessor, TrainerCallback
+from transformers import CLIPImageProcessor, TrainerCallback, TrainerState
 
-from builders import Recorder, save_model, tiny_model, tiny_source
+from builders import (
+    Recorder,
+    json_lines,
+    normal,
+    plain_images,
+    save_model,
+    spy,
+    tinted_folder,
+    tiny_model,
+    tiny_source,
+    write,
+)
 from hf_regvit import RegViTModel, convert, pretrain
-from hf_regvit.pretraining.continuation import choose_trained
+from hf_regvit.models.processing import default_image_processor
+from hf_regvit.pretraining.collapse import CollapseAlarms
+from hf_regvit.pretraining.comparison import BestTeacher, masked_patches, mirror_agreement, patch_labels, score
+from hf_regvit.pretraining.continuation import choose_trained, memory_of_step
+from hf_regvit.pretraining.crops import DinoCollator
 from hf_regvit.pretraining.distillation import SelfDistillation
+from hf_regvit.pretraining.monitors import observers
+from hf_regvit.pretraining.run import _build_dataset
 from hf_regvit.pretraining.starting_point import starting_point
-from tiny_run import CROPS, GRID, PATCH, SHAPE, Crops, arguments, checkpoint_state, same_state, tiny_config
+from hf_regvit.training.callbacks import MetricsFile
+from hf_regvit.training.finite import without_ids
+from tiny_run import (
+    CROPS,
+    GRID,
+    PATCH,
+    SHAPE,
+    Crops,
+    arguments,
+    checkpoint_state,
+    same_state,
+    tiny_config,
+    tiny_network,
+)
 
 MODES = ("full", "lora", "last_blocks")
 FAMILIES = (
@@ -289,3 +322,198 @@ def test_pixels_are_normalized_as_the_starting_model_expects(family, tmp_path, c
     saved = json.loads((tmp_path / "run" / "backbone" / "preprocessor_config.json").read_text())
     assert saved["image_mean"] == pytest.approx(mean)
     assert ("has no image processor, so the mean" in caplog.text) == (family is None)
+
+
+def test_gram_crops_of_another_size_reach_the_gram_teacher(tmp_path, monkeypatch):
+    forward = spy(monkeypatch, SelfDistillation, "forward")
+    folder = plain_images(tmp_path / "images", [f"{index}.png" for index in range(6)])
+    options = {"mode": "full", "max_steps": 1, "warmup_steps": 0, "gram_crop_size": 2 * GRID * PATCH}
+    source = own_model(tmp_path / "source")
+    args = arguments(tmp_path / "run", init_from=str(source), data=[str(folder)], blur_kernel_size=3, **options)
+    pretrain(args)
+    (call,) = forward.call_args_list
+    assert call.kwargs["gram_crops"].shape == (2, 3, 3, 2 * GRID * PATCH, 2 * GRID * PATCH)
+    assert call.kwargs["global_crops"].shape[-1] == GRID * PATCH
+    with pytest.raises(ValueError, match="gram_crop_size is 32; expected no value without --gram_loss_weight"):
+        arguments(tmp_path, gram_crop_size=32)
+
+
+# --- Comparison with the start ---
+
+
+def test_agreement_of_patches_equals_its_loop():
+    patches, mirrored, grid = normal(2, 6, 5), normal(2, 6, 5, seed=1), (2, 3)
+    found = 0
+    for image in range(2):
+        for row in range(2):
+            for column in range(3):
+                token = patches[image, row * 3 + column]
+                places = [(r, c) for r in range(2) for c in range(3)]
+                cosines = [torch.cosine_similarity(token, mirrored[image, r * 3 + 2 - c], dim=0) for r, c in places]
+                found += places[int(torch.stack(cosines).argmax())] == (row, column)
+    assert 0 < found < 12
+    assert mirror_agreement(patches, mirrored, grid) == pytest.approx(found / 12)
+    flipped = patches.unflatten(1, grid).flip(2).flatten(1, 2)
+    assert mirror_agreement(patches, flipped, grid) == 1.0
+    assert mirror_agreement(patches[:, :1].expand(-1, 6, -1), flipped, grid) < 0.5
+
+
+def test_labels_of_patches_equal_their_loop():
+    mask = np.random.default_rng(0).integers(0, 3, (6, 4), dtype=np.uint8)
+    expected = [
+        np.bincount(mask[row : row + 3, column : column + 2].ravel()).argmax() for row in (0, 3) for column in (0, 2)
+    ]
+    assert patch_labels(mask, (3, 2)).tolist() == expected
+
+
+def test_masks_are_cut_as_their_images_are():
+    """The left half of an image is class 1 and dark, the right half is class 2 and bright."""
+    levels = np.repeat(np.where(np.arange(60) < 30, 0, 255).astype(np.uint8)[None], 40, axis=0)
+    mask = np.where(levels == 0, 1, 2).astype(np.uint8)
+    processor = default_image_processor(32)
+    pixels, labels = masked_patches([Image.fromarray(levels).convert("RGB")], [mask], processor, (8, 8))
+    cells = pixels[0].mean(0).unflatten(0, (4, 8)).unflatten(2, (4, 8)).mean((1, 3)).flatten()
+    assert labels[0].tolist() == [1 if cell < 0 else 2 for cell in cells]
+    assert labels[0].unflatten(0, (4, 4))[0].tolist() == [1, 1, 2, 2]
+
+
+def test_the_teacher_is_compared_with_the_start_and_the_best_is_kept(tmp_path):
+    data = tinted_folder(tmp_path / "data", ("red", "blue"), train=12, validation=4)
+    source = own_model(tmp_path / "source")
+    options = {**FAST, "mode": "full", "max_steps": 6, "knn_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    options |= {"data": str(data), "teacher_momentum": 0.5, "monitor_steps": 3, "init_from": str(source)}
+    pretrain(arguments(tmp_path / "run", **options))
+    lines = [line for line in json_lines(tmp_path / "run" / "metrics.jsonl") if "eval_patch_agreement" in line]
+    assert [line["step"] for line in lines] == [0, 2, 4, 6]
+    assert lines[0]["image_drift"] == pytest.approx(0, abs=1e-5)
+    assert lines[0]["patch_drift"] == pytest.approx(0, abs=1e-5)
+    assert lines[3]["patch_drift"] > lines[1]["patch_drift"] > 1e-4
+    assert all("eval_knn_10" in line for line in lines)
+    best = max(reversed(lines), key=lambda line: (line["eval_knn_10"], -line["step"]))
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["best"] == {"step": best["step"], "score": pytest.approx(best["eval_knn_10"])}
+    assert (tmp_path / "run" / "best").is_dir() == (best["step"] > 0)
+    # A resumed run goes on from the scores of the earlier steps.
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    pretrain(arguments(tmp_path / "run", resume_from_checkpoint="last", **options))
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["best"] == report["best"]
+
+
+def test_the_best_teacher_is_saved_and_a_worse_one_is_not(tmp_path):
+    network = tiny_network()
+    keeper = BestTeacher(tmp_path, default_image_processor(16), MetricsFile(tmp_path / "metrics.jsonl"))
+    state = TrainerState(is_world_process_zero=True)
+    saved = []
+    for state.global_step, value in enumerate([0.5, 0.6, 0.4, 0.7]):
+        with torch.no_grad():
+            network.teacher_backbone.layernorm.bias.fill_(value)
+        keeper.on_log(None, state, None, logs={"eval_knn_10": value}, model=network)
+        keeper.on_log(None, state, None, logs={"loss": 9.0}, model=network)
+        best = tmp_path / "best"
+        saved.append(RegViTModel.from_pretrained(best).layernorm.bias[0].item() if best.exists() else None)
+    assert saved == pytest.approx([None, 0.6, 0.6, 0.7])
+    assert keeper.best == (3, 0.7)
+    assert score({"eval_knn_10": 0.5, "eval_patch_knn_5": 0.7, "eval_patch_agreement": 0.1}) == pytest.approx(0.6)
+    assert score({"eval_patch_agreement": 0.1}) == 0.1
+    assert score({"loss": 1.0}) is None
+
+
+def test_three_measurements_below_the_start_raise_an_alarm(tmp_path):
+    alarms = CollapseAlarms(arguments(tmp_path, init_from="x"), tiny_config(), first_step=0)
+    state = TrainerState(is_world_process_zero=True)
+
+    def log(step, knn, agreement=0.5):
+        state.global_step = step
+        alarms.on_log(None, state, None, logs={"eval_knn_10": knn, "eval_patch_agreement": agreement})
+        alarms.on_log(None, state, None, logs={"loss": 1.0})  # a line without measurements does not interrupt
+
+    for step, knn in enumerate([0.8, 0.79, 0.79, 0.8, 0.79, 0.9]):
+        log(step, knn)
+    assert alarms.raised == []
+    for step in (6, 7, 8):
+        log(step, 0.9, agreement=0.4)
+    (alarm,) = alarms.raised
+    assert (alarm.name, alarm.step) == ("below_start", 8)
+    assert "eval_patch_agreement is 0.4000 (0.5000 at the start)" in alarm.message
+    assert "Lower --learning_rate (now 0.002)" in alarm.message
+    plain = CollapseAlarms(arguments(tmp_path), tiny_config(), first_step=0)
+    plain.on_log(None, TrainerState(), None, logs={"eval_knn_10": 0.8, "eval_patch_agreement": 0.5})
+    assert plain.recipe.start == {}
+
+
+def test_patches_are_classified_where_the_data_has_masks(tmp_path):
+    """In a folder whose masks follow the brightness, patches of the starting model are classified above chance."""
+    halves = [np.where(np.arange(32) < 8 + 2 * i, 0, 1).astype(np.uint8) for i in range(8)]
+    for i, half in enumerate(halves):
+        mask = np.repeat(half[None], 32, axis=0)
+        write(tmp_path / "data" / "images" / f"{i}.png", Image.fromarray(mask * 200 + 20).convert("RGB"))
+        write(tmp_path / "data" / "masks" / f"{i}.png", Image.fromarray(mask))
+    args = arguments(tmp_path / "run", data=str(tmp_path / "data"), knn_steps=2)
+    start = tiny_model(**tiny_config().to_diff_dict())
+    dataset = _build_dataset(args, tiny_config())
+    assert len(dataset) == 8  # the masks are not images to train on
+    (comparison,) = observers(args, dataset, image_processor=default_image_processor(16), start=start)
+    assert [len(labels) for _, labels in comparison.masked] == [6, 2]
+    values = comparison.measure(SimpleNamespace(whole_teacher_backbone=lambda: start), 0)
+    assert values["eval_patch_knn_5"] > 0.8
+    assert values["patch_drift"] == pytest.approx(0, abs=1e-5)
+
+
+# --- Memory ---
+
+
+def kept_for_backward(network, batch):
+    """Bytes of the tensors that autograd keeps, without the weights, and the loss."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = network(**batch)["loss"]
+    return sum(size for size, _ in kept.values()), loss
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+@pytest.mark.parametrize("fields", [{}, {"use_swiglu_ffn": True}, {"checkpointing": True}])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_memory_that_is_stated_is_that_of_the_tensors(mode, fields, tmp_path):
+    """By the difference of two depths, because the last block and the heads keep other tensors."""
+    fields, counted, stated = dict(fields), [], []
+    checkpointing = fields.pop("checkpointing", False)
+    item = {"global_crops": normal(2, 3, 32, 32), "local_crops": normal(2, 3, 8, 8), "epoch": 0}
+    samples = [{**item, "sample_id": index} for index in range(4)]
+    batch = without_ids(DinoCollator((8, 8), mask_probability=1.0)(samples))
+    args = arguments(tmp_path, mode=mode, init_from="x", global_crop_size=32, per_device_train_batch_size=4)
+    for depth in (6, 12):
+        args.num_trained_blocks = depth - 2
+        config = tiny_config(hidden_size=48, num_hidden_layers=depth, image_size=32, num_attention_heads=1, **fields)
+        backbone = choose_trained(RegViTModel(config), args, new_registers=False)
+        network = SelfDistillation(backbone, dino_head=SHAPE, lora_scale=2.0 if mode == "lora" else None)
+        if checkpointing:
+            network.activation_checkpointing_enable()
+        total, loss = kept_for_backward(network, batch)
+        counted.append(total)
+        stated.append(memory_of_step(network, args))
+        loss.backward()
+        gradients = sum(one.grad.numel() * 4 for one in network.parameters() if one.grad is not None)
+        assert stated[-1]["gradients and optimizer"] == 3 * gradients
+        assert stated[-1]["weights"] == sum(tensor.numel() * 4 for tensor in network.state_dict().values())
+    difference = stated[1]["activations"] - stated[0]["activations"]
+    assert difference == pytest.approx(counted[1] - counted[0], rel=0.25)
+
+
+def test_memory_is_stated_before_the_first_step_and_advice_follows_if_it_is_short(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO", logger="hf_regvit")
+    source = own_model(tmp_path / "source")
+    continued(tmp_path / "a", source, max_steps=1)
+    assert "Memory of a process, estimated: weights " in caplog.text
+    assert "Memory will probably run out" not in caplog.text
+    monkeypatch.setattr("hf_regvit.pretraining.trainer.free_memory", lambda device: 1000)
+    continued(tmp_path / "b", source, max_steps=1, mode="full")
+    assert "Memory will probably run out. Try, in this order: --" in caplog.text
+    assert "--mode lora or last_blocks (fewer moments of Adam)" in caplog.text

@@ -198,12 +198,13 @@ def test_f66_options_that_are_taken_are_not_advised_again(tmp_path):
 
 OPTIONS = {"head_num_prototypes": 256, "per_device_train_batch_size": 16, "num_local_crops": 2}
 RECIPE = (
-    SimpleNamespace(dino_loss_weight=1.0, **OPTIONS),
+    SimpleNamespace(dino_loss_weight=1.0, init_from="x", learning_rate=1e-4, gram_loss_weight=2.0, **OPTIONS),
     SimpleNamespace(num_register_tokens=4, hidden_size=96),
 )
 HEALTHY = {
     "loss": 4.0, "dino_local_loss": 1.3, "dino_global_loss": 0.7, "teacher_entropy": 1.0,
     "teacher_marginal_entropy": 2.3, "feature_std": 0.7, "effective_rank": 3.2, "register_cosine": 0.4,
+    "eval_patch_agreement": 0.5,
 }  # fmt: skip
 LN_K = math.log(256)
 SICK = {
@@ -212,6 +213,7 @@ SICK = {
     "one_prototype": ({"teacher_marginal_entropy": 0.9}, "--center_momentum"),
     "same_features": ({"feature_std": 0.01}, "--koleo_loss_weight"),
     "same_registers": ({"register_cosine": 1.0}, "--register_init_std"),
+    "below_start": ({"eval_patch_agreement": 0.4}, "--gram_loss_weight"),
 }
 
 

@@ -287,6 +287,7 @@ class DemoArguments:
     compare: str | None = option(None, "Second model to show next to the first one.")
     port: int = option(7860, "Local port to listen on; 0 selects the first free port from 7860 on.")
     cache_mib: int = option(512, "Memory for cached images in MiB.")
+    dense_settings: str | None = option(None, "File of `regvit dense` with block, image size and views to begin with.")
     device: str = option("auto", _DEVICE)
 
 

@@ -169,6 +169,7 @@ def _dense(arguments: Any) -> Outcome:
     from ..evaluation.dense_features import choose_features
     from ..evaluation.run import TaskParts
     from ..evaluation.tasks import Sampling
+    from ..hub.exported_reader import open_exported
     from ..models.loading import open_model
 
     check_space(arguments.output_dir, _REPORT_BYTES)
@@ -176,7 +177,10 @@ def _dense(arguments: Any) -> Outcome:
     parts = TaskParts(arguments.data, arguments.train_data, sampling, seed=arguments.seed)
     options = {"ignore_values": arguments.ignore_values} if arguments.task == "segmentation" else {}
     train, test = parts.maps("masks" if arguments.task == "segmentation" else "depth", **options)
-    choice = choose_features(open_model(arguments.model, device=arguments.device), train, test, **arguments.settings())
+    model, chosen = open_exported(arguments.model), arguments.settings()
+    if model is not arguments.model:
+        chosen["layers"] = (-1,)  # an exported file has no other block
+    choice = choose_features(open_model(model, device=arguments.device), train, test, **chosen)
     with keeping(choice.summary):
         path = str(choice.save(arguments.output_dir))
     use = ("extract", "--model", arguments.model, "--data", "IMAGES", "--dense_settings", path)

@@ -111,6 +111,7 @@ def build_app(
     compare: str | None = None,
     cache_bytes: int = 512 << 20,
     reference: Sequence[Image.Image] | None = None,
+    dense_settings: str | None = None,
 ) -> "gr.Blocks":
     """Build the demo as a Gradio app; start it with `app.launch(**launch_options())`.
 
@@ -120,6 +121,7 @@ def build_app(
         compare: Name of the model to show beside it.
         cache_bytes: Memory for the readings of images, in bytes.
         reference: Images that show which norms are usual in a model; default the built-in images.
+        dense_settings: File of `regvit dense` with the block, image size and views to begin with.
 
     Raises:
         ImportError: Gradio is missing.
@@ -130,9 +132,8 @@ def build_app(
     if compare is not None and compare not in models:
         raise ValueError(f"compare='{compare}' is not one of the models. Choose from {', '.join(models)}.")
     reference = list(builtin_images().values()) if reference is None else list(reference)
-    return _Page(
-        Explorer(models, device=device, cache_bytes=cache_bytes, reference=reference), compare, len(reference)
-    ).app
+    options: dict[str, Any] = {"cache_bytes": cache_bytes, "reference": reference, "settings": dense_settings}
+    return _Page(Explorer(models, device=device, **options), compare, len(reference)).app
 
 
 def launch_options(*, port: int | None = None) -> dict[str, Any]:
@@ -169,7 +170,13 @@ def launch_options(*, port: int | None = None) -> dict[str, Any]:
 
 
 def serve(
-    model: Sequence[str], *, compare: str | None, port: int, cache_mib: int, device: str = "auto"
+    model: Sequence[str],
+    *,
+    compare: str | None,
+    port: int,
+    cache_mib: int,
+    device: str = "auto",
+    dense_settings: str | None = None,
 ) -> dict[str, Any]:
     """Load models, serve the page on this machine, and wait for Ctrl-C.
 
@@ -179,6 +186,7 @@ def serve(
         port: Port to listen on; 0 selects the first free one from 7860 on.
         cache_mib: Memory for the readings of images, in MiB.
         device: Device to compute on; "auto" is the first of cuda, mps, xpu and cpu that exists.
+        dense_settings: File of `regvit dense` with the block, image size and views to begin with.
 
     Returns:
         Dictionary with the `address` of the page.
@@ -187,9 +195,8 @@ def serve(
     shown = {name: _name_of(name, names) for name in names}
     models = {shown[name]: name for name in names}
     with _own_files():
-        app = build_app(
-            models, device=device, compare=shown[compare] if compare else None, cache_bytes=cache_mib << 20
-        )
+        options: dict[str, Any] = {"cache_bytes": cache_mib << 20, "dense_settings": dense_settings}
+        app = build_app(models, device=device, compare=shown[compare] if compare else None, **options)
         try:
             _, address, _ = app.launch(**launch_options(port=port), prevent_thread_lock=True)
             logger.info("The demo is running at %s. Press Ctrl-C to stop it.", address)
@@ -319,7 +326,7 @@ class _Page:
                 low, high, value=self.explorer.default_side(names[0]), step=step, elem_id="side",
                 label="Resolution: shorter side in pixels",
             )  # fmt: skip
-            self.layer = gr.Slider(step=1, label="Block", elem_id="layer", **_blocks(description.num_layers))
+            self.layer = gr.Slider(step=1, label="Block", elem_id="layer", **self._blocks(names[0]))
             self.head = gr.Dropdown(
                 _heads(description.num_heads), value=0, label="Attention head", elem_id="head-choice"
             )
@@ -388,7 +395,7 @@ class _Page:
         return InputImage.of(open_image(path, name=name, limits=_UPLOAD_LIMITS), Path(name).stem)
 
     def _adapt(self, model: str, side: float) -> tuple[Any, Any, Any]:
-        """Adapt the controls to another model: a similar resolution, the last block, the mean over heads."""
+        """Adapt the controls to another model: a similar resolution, its first block to show, the mean over heads."""
         import gradio as gr
 
         description = self.explorer.descriptions[model]
@@ -396,9 +403,14 @@ class _Page:
         value = min(max(round(side / step) * step, low), high)
         return (
             gr.update(minimum=low, maximum=high, step=step, value=value),
-            gr.update(**_blocks(description.num_layers)),
+            gr.update(**self._blocks(model)),
             gr.update(choices=_heads(description.num_heads), value=0),
         )
+
+    def _blocks(self, model: str) -> dict[str, Any]:
+        """Return options of the block slider. Its range must not be empty, even for one block."""
+        count, chosen = self.explorer.descriptions[model].num_layers, max(self.explorer.settings[model].layer, 1)
+        return {"minimum": 1, "maximum": max(count, 2), "value": chosen, "interactive": count > 1}
 
     def _sides(self, model: str) -> tuple[int, int]:
         """Return the range of the resolution: 4 to 48 patches, extended to the image size of the model if outside."""
@@ -446,11 +458,6 @@ def _show_errors(title: str, function: Callable[..., Any]) -> Callable[..., Any]
             raise gr.Error(words, duration=20, print_exception=False) from error
 
     return told
-
-
-def _blocks(count: int) -> dict[str, Any]:
-    """Return options of the block slider, set to the last block. Its range must not be empty, even for one block."""
-    return {"minimum": 1, "maximum": max(count, 2), "value": count, "interactive": count > 1}
 
 
 def _heads(count: int) -> list[tuple[str, int]]:

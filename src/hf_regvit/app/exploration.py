@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..data.builtin import builtin_images
 from ..data.preparation import prepare_images
 from ..diagnosis.outliers import Cutoff, find_cutoff
+from ..evaluation.dense_features import FeatureSettings, read_views, settings_for
 from ..evaluation.extraction import TokenFeatures
 from ..evaluation.lost import LostResult, LostSettings, lost_box
 from ..figures.maps import TokenMaps, pca_colors
@@ -63,7 +64,7 @@ class View:
         layer: Number of the block, 1 to L.
         description: Description of the model.
         grid: (rows, columns).
-        tokens: (T, D) output of the block after the final norm of the model, float32.
+        tokens: (T, D) output of the block after the final norm of the model, float32, averaged over views.
         norms: (rows, columns) L2 norms of the patches in the raw output of the block.
         attention: (heads, T, T) attention weights of the block, float16; None if their formula is not known.
         keys: (N, D) keys of the patches.
@@ -183,9 +184,12 @@ class Explorer:
         cache_bytes: Memory for the readings of all models, in bytes.
         max_patches: Maximum number of patches; larger images are read at a lower resolution.
         reference: Images that show which norms are usual in a model; default the built-in images.
+        settings: `FeatureSettings` or a file of `regvit dense`: the block and shorter side to begin with, and the
+            number of views over which patch tokens are averaged. Patches are not pooled.
 
     Raises:
-        ValueError: No models, a model of an unknown family, or one whose image processor is not known.
+        ValueError: No models, a model of an unknown family, one for which the settings were not chosen, or one whose
+            image processor is not known.
     """
 
     def __init__(
@@ -196,11 +200,13 @@ class Explorer:
         cache_bytes: int = 512 << 20,
         max_patches: int = MAX_PATCHES,
         reference: Sequence[Image.Image] | None = None,
+        settings: FeatureSettings | str | Path | None = None,
     ) -> None:
         if not models:
             raise ValueError("models is empty. Pass at least one model by name.")
         self.readers = {name: open_model(model, device=device) for name, model in models.items()}
         self.descriptions = {name: reader.description for name, reader in self.readers.items()}
+        self.settings = {name: settings_for(settings, reader) for name, reader in self.readers.items()}
         self.cache_bytes, self.max_patches = cache_bytes, max_patches
         self._kept: OrderedDict[tuple[str, str, int, int], View] = OrderedDict()
         self._busy = threading.Lock()  # two passes at once would be slower than in sequence, and need more memory
@@ -210,6 +216,8 @@ class Explorer:
 
     def default_side(self, name: str) -> int:
         """Return the initial length of the shorter side in pixels: 224, or the image size of the model if smaller."""
+        if (chosen := self.settings[name].image_size) is not None:
+            return chosen
         step = max(self.descriptions[name].patch_size)
         own = min(self.descriptions[name].image_size)
         return max(round(min(224, own) / step), 1) * step if self.readers[name].takes_other_sizes else own
@@ -275,13 +283,16 @@ class Explorer:
                 "k": lambda values, _: values[0, first:].float().cpu(),
             },
         )
+        averaged = None
+        if (count := self.settings[name].views) > 1:
+            averaged = read_views(reader, pixels[None], layers, views=count)
         shown, views = transform.picture(pixels), {}
         for number in layers:
             residual = reading["residual"].at(number)  # (T, D)
             if not torch.isfinite(residual).all():
                 raise ValueError(f"'{name}' produces NaN or infinity in block {number}. Check its weights.")
             with torch.no_grad():
-                tokens = reader.final_norm(residual).cpu()
+                tokens = reader.final_norm(residual).cpu() if averaged is None else averaged.at(number)[0]
             views[number] = View(
                 image=shown,
                 layer=number,

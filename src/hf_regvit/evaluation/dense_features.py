@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..data.preparation import prepare_images
 from ..models.loading import open_model
 from ..models.results import markdown_table
 from ..models.saving import read_object, write_json
-from ..models.tokens import Layers, TokenReader, TokenReading, finite_values, resolve_layers
+from ..models.tokens import Layers, Site, TokenReader, TokenReading, finite_values, resolve_layers
 from .intervals import STATISTICS, paired_difference
 from .metrics import DepthErrors, MeanIoU
 
@@ -130,15 +130,31 @@ def read_views(
     grid: tuple[int, int] | None = None,
     final_norm: bool = True,
 ) -> TokenReading:
-    """Read blocks of several views one after another, map their patches back, and average them, on the CPU in float32.
+    """Read blocks of several views, with the final norm unless it is switched off; see `read_sites_of_views`."""
+    norm = reader.final_norm if final_norm else None
+    return read_sites_of_views(reader, pixel_values, {"residual": layers}, views=views, grid=grid, norm=norm)[
+        "residual"
+    ]
+
+
+def read_sites_of_views(
+    reader: TokenReader,
+    pixel_values: Tensor,
+    sites: Mapping[Site, Sequence[int]],
+    *,
+    views: int = 1,
+    grid: tuple[int, int] | None = None,
+    norm: nn.Module | None = None,
+) -> dict[Site, TokenReading]:
+    """Read several views one after another, map their patches back, and average them, on the CPU in float32.
 
     Args:
         reader: Reader of the model.
         pixel_values: (B, 3, H, W) normalized pixels.
-        layers: Blocks to read in one forward pass per view.
+        sites: Blocks to read of each site, other than attention, in one forward pass per view.
         views: Number of views, 1 or 4. The time is proportional to it; the memory is that of the sum and one view.
         grid: (rows, columns) to which the patches are averaged. Default: no pooling.
-        final_norm: Whether to apply the final norm, before averaging.
+        norm: Module to apply to the tokens before averaging, such as the final norm. Default: none.
 
     Raises:
         ValueError: The sides are not multiples of the patch size, so that views cannot be mapped back exactly.
@@ -149,20 +165,22 @@ def read_views(
             f"views={views} needs image sides that are multiples of the patch size {patch}, not "
             f"{tuple(pixel_values.shape[-2:])}. Set image_size to a multiple, or use views=1."
         )
-    norm = reader.final_norm if final_norm else nn.Identity()
-    total: list[Tensor] = []
+    norm = norm or nn.Identity()
+    total: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    readings: dict[Site, TokenReading] = {}
     for flipped, shift in _VIEWS[:views]:
         view = pixel_values.flip(-1) if flipped else pixel_values
         view = view.roll((shift * patch[0], shift * patch[1]), dims=(-2, -1))
-        reading = reader.read(view, layers=layers, reduce=lambda tokens, _: norm(tokens).float().cpu())
-        for index, tokens in enumerate(reading.values):
-            maps = tokens[:, prefix:].unflatten(1, reading.grid).roll((-shift, -shift), dims=(1, 2))
+        readings = reader.read_many(view, sites, reduce=dict.fromkeys(sites, lambda x, _: norm(x).float().cpu()))
+        for site, index, tokens in ((s, i, x) for s, one in readings.items() for i, x in enumerate(one.values)):
+            maps = tokens[:, prefix:].unflatten(1, readings[site].grid).roll((-shift, -shift), dims=(1, 2))
             maps = maps.flip(2) if flipped else maps  # (B, rows, columns, D)
             if grid is not None:
                 maps = F.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
             restored = torch.cat([tokens[:, :prefix], maps.flatten(1, 2)], dim=1) / views
-            total[index : index + 1] = [total[index] + restored if len(total) > index else restored]
-    return replace(reading, values=tuple(total), grid=grid or reading.grid)
+            sums = total[site]
+            sums[index : index + 1] = [sums[index] + restored if len(sums) > index else restored]
+    return {site: replace(one, values=tuple(total[site]), grid=grid or one.grid) for site, one in readings.items()}
 
 
 def pooled_grid(reader: TokenReader, pixel_values: Tensor, image_size: int | None, pool: bool) -> Any:

@@ -12,7 +12,6 @@ exclusive, in pixels of the stored image unless stated otherwise.
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -30,6 +29,7 @@ from ..models.processing import EvaluationTransform
 from ..models.results import Record
 from ..models.tokens import Site, TokenReader, TokenReading, resolve_layers
 from .boxes import Box
+from .dense_features import FeatureSettings, pooled_grid, read_sites_of_views, settings_for
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +263,7 @@ def _bounds(mask: Tensor) -> tuple[int, int, int, int]:
 
 
 def cells_to_pixels(
-    cells: tuple[int, int, int, int], *, patch_size: tuple[int, int], image_size: tuple[int, int]
+    cells: tuple[int, int, int, int], *, patch_size: tuple[float, float], image_size: tuple[int, int]
 ) -> Box:
     """Convert a box from patches to pixels, with x2 and y2 clipped to `image_size` (height, width)."""
     height, width = patch_size
@@ -367,6 +367,7 @@ def discover_objects(
     bias: float = 0.0,
     k: int = 100,
     max_side: int = 640,
+    dense_settings: FeatureSettings | str | Path | None = None,
     device: str | torch.device = "auto",
 ) -> list[DiscoveredObject]:
     """Find one object in every image; images that cannot be read are left out with a warning.
@@ -381,14 +382,19 @@ def discover_objects(
         bias: Number added to the affinity, see `LostSettings`.
         k: Number of candidates, see `LostSettings`.
         max_side: Longer side in pixels to which larger images are reduced; boxes refer to the original size.
+        dense_settings: `FeatureSettings`, or a file of `regvit dense`, with block, views, shorter side of the image,
+            and pooling, instead of `layer` and `max_side`.
         device: Device to compute on; see `open_model`.
 
     Raises:
         ValueError: The model or a setting is not supported, or there are no usable images.
     """
+    reader, dense, objects = open_model(model, device=device), None, []
+    if dense_settings is not None:
+        dense = settings_for(dense_settings, reader, layer=None if layer == -1 else layer)
+        layer = dense.layer
     settings = LostSettings(feature=feature, layer=layer, center=center, l2norm=l2norm, bias=bias, k=k)
-    objects = []
-    for proposal in propose(open_model(model, device=device), images, [settings], max_side=max_side):
+    for proposal in propose(reader, images, [settings], max_side=max_side, dense=dense):
         result = proposal.results[0]
         assert isinstance(result, LostResult)
         objects.append(DiscoveredObject(proposal.id, proposal.image_size, proposal.boxes[0], result))
@@ -410,7 +416,12 @@ def _warn_if_degenerate(results: Sequence[LostResult], settings: LostSettings) -
 
 
 def propose(
-    reader: TokenReader, images: object, methods: Sequence[Method], *, max_side: int = 640
+    reader: TokenReader,
+    images: object,
+    methods: Sequence[Method],
+    *,
+    max_side: int = 640,
+    dense: FeatureSettings | None = None,
 ) -> Iterator[Proposals]:
     """Yield the boxes of several methods image by image, running the model only once for each image.
 
@@ -422,6 +433,7 @@ def propose(
         images: Images, see `discover_objects`.
         methods: Methods to run.
         max_side: Longer side in pixels to which larger images are reduced.
+        dense: Views, shorter side and pooling instead of `max_side`; attention is read from one view, not pooled.
 
     Raises:
         ValueError: As in `discover_objects`; or a method needs the attention of CLS and the model has no CLS token, or
@@ -434,26 +446,40 @@ def propose(
         sites[_site(method)] = sorted({*sites.get(_site(method), []), method.layer})
     sizes: list[tuple[int, int, float]] = []  # height, width, scale of the images in reading order
 
-    def pad(image: Image.Image) -> Tensor:
-        pixels, scale = _padded(image, statistics, description.patch_size, max_side)
-        sizes.append((image.height, image.width, scale))
-        return pixels
+    side = None if dense is None else dense.image_size or min(description.image_size)
 
-    words = f"own size up to {max_side} pixels, zero-padded, mean {statistics.mean}, std {statistics.std}"
+    def pad(image: Image.Image) -> Tensor:
+        scale = min(1.0, max_side / max(image.size)) if side is None else side / min(image.size)
+        sizes.append((image.height, image.width, scale))
+        return _padded(image, statistics, description.patch_size, scale)
+
+    words = f"own size up to {max_side} pixels" if side is None else f"shorter side {side}"
+    words = f"{words}, zero-padded, mean {statistics.mean}, std {statistics.std}"
     transform = EvaluationTransform(pad, statistics.mean, statistics.std, words)
-    for i, (ids, pixel_values) in enumerate(prepare_images(images, transform, batch_size=1)):
+    averaged: dict[Site, list[int]] = {
+        site: layers for site, layers in sites.items() if site != "attention" and dense is not None
+    }
+    for i, (ids, pixels) in enumerate(prepare_images(images, transform, batch_size=1)):
         # Only the row of CLS is kept, because all attention weights of a large image may not fit in memory.
-        readings = reader.read_many(pixel_values, sites, reduce={"attention": lambda values, layer: values[:, :, :1]})
+        rest = {site: layers for site, layers in sites.items() if site not in averaged}
+        readings = (
+            reader.read_many(pixels, rest, reduce={"attention": lambda values, _: values[:, :, :1]}) if rest else {}
+        )
+        if dense is not None and averaged:
+            grid = pooled_grid(reader, pixels, side, dense.pool_to_grid)
+            readings |= read_sites_of_views(reader, pixels, averaged, views=dense.views, grid=grid)
         height, width, scale = sizes[i]
         results = _propose_for_one(methods, readings)
-        box = partial(
-            cells_to_pixels,
-            patch_size=description.patch_size,
-            image_size=(round(height * scale), round(width * scale)),
-        )
-        cells = [result.cells if isinstance(result, LostResult) else _bounds(result) for result in results]
-        boxes = tuple(_scaled(box(one), (height, width), scale) for one in cells)
-        yield Proposals(ids[0], (height, width), boxes, tuple(results))
+        boxes = []
+        for result in results:
+            mask = result.mask if isinstance(result, LostResult) else result
+            box = cells_to_pixels(
+                result.cells if isinstance(result, LostResult) else _bounds(result),
+                patch_size=(pixels.shape[2] / mask.shape[0], pixels.shape[3] / mask.shape[1]),
+                image_size=(round(height * scale), round(width * scale)),
+            )
+            boxes.append(_scaled(box, (height, width), scale))
+        yield Proposals(ids[0], (height, width), tuple(boxes), tuple(results))
 
 
 def _site(method: Method) -> Site:
@@ -474,7 +500,6 @@ def _checked(method: Method, description: ModelDescription) -> Method:
 
 def _propose_for_one(methods: Sequence[Method], readings: Mapping[Site, TokenReading]) -> list[LostResult | Tensor]:
     results: dict[Method, LostResult | Tensor] = {}
-    grid = next(iter(readings.values())).grid
     by_tokens: dict[tuple[Site, int], list[LostSettings]] = {}
     for method in methods:
         if isinstance(method, LostSettings):
@@ -483,24 +508,21 @@ def _propose_for_one(methods: Sequence[Method], readings: Mapping[Site, TokenRea
             reading = readings["attention"]
             heads = reading[method.layer][0, :, 0, reading.num_prefix_tokens :]  # (heads, N)
             attention = heads.mean(0) if method.head == "mean" else heads[method.head]
-            results[method] = attention_mask(attention, grid, mass=method.mass)
+            results[method] = attention_mask(attention, reading.grid, mass=method.mass)
     for (site, layer), settings in by_tokens.items():
-        results.update(zip(settings, lost_boxes(readings[site].patches(layer)[0], grid, settings)))
+        results.update(zip(settings, lost_boxes(readings[site].patches(layer)[0], readings[site].grid, settings)))
     return [results[method] for method in methods]
 
 
-def _padded(
-    image: Image.Image, statistics: EvaluationTransform, patch_size: tuple[int, int], max_side: int
-) -> tuple[Tensor, float]:
-    """Return normalized pixels (3, H, W) padded to whole patches, and the scale of the image, at most 1."""
-    scale = min(1.0, max_side / max(image.size))
-    if scale < 1:
+def _padded(image: Image.Image, statistics: EvaluationTransform, patch_size: tuple[int, int], scale: float) -> Tensor:
+    """Return normalized pixels (3, H, W) of the scaled image, padded to whole patches."""
+    if scale != 1:
         size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
         image = image.resize(size, Image.Resampling.BICUBIC)
     values = np.asarray(image, dtype=np.float32) / 255
     values = (values - np.array(statistics.mean, np.float32)) / np.array(statistics.std, np.float32)
     below, right = -image.height % patch_size[0], -image.width % patch_size[1]
-    return torch.from_numpy(np.pad(values, ((0, below), (0, right), (0, 0)))).permute(2, 0, 1), scale
+    return torch.from_numpy(np.pad(values, ((0, below), (0, right), (0, 0)))).permute(2, 0, 1)
 
 
 def _scaled(box: Box, image_size: tuple[int, int], scale: float) -> Box:

@@ -7,7 +7,7 @@ on the other. The result holds the choice, the number of settings compared, and 
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from ..data.source import ImageSource
 from ..models.results import Record, as_tuples
 from ..models.tokens import TokenReader
 from .boxes import Box, best_iou
+from .dense_features import FeatureSettings
 from .intervals import bootstrap_interval
 from .lost import AttentionSettings, LostResult, LostSettings, Method, Proposals, propose
 
@@ -177,6 +178,7 @@ def evaluate_lost(
     train: tuple[ImageSource, Sequence[Sequence[Box]]] | None = None,
     settings: Sequence[LostSettings] = (LostSettings(),),
     max_side: int = 640,
+    dense: FeatureSettings | None = None,
     seed: int = 0,
 ) -> LostEvaluation:
     """Compute the CorLoc of LOST and of its baselines.
@@ -189,12 +191,14 @@ def evaluate_lost(
             images.
         settings: Settings of LOST to choose from; the first one wins a tie. With one, all of `images` are test images.
         max_side: Longer side in pixels to which larger images are reduced.
+        dense: Views, shorter side and pooling instead of `max_side`.
         seed: Random seed for the halves and the confidence intervals.
 
     Raises:
         ValueError: There are fewer than two images with boxes.
     """
     started, description = time.perf_counter(), reader.description
+    reading: Record = {"max_side": max_side, "dense": dense}
     heads: list[Method] = []
     if description.has_cls and reader.reads_attention:
         heads = [AttentionSettings("mean"), *(AttentionSettings(head) for head in range(description.num_heads))]
@@ -206,14 +210,15 @@ def evaluate_lost(
             train = images.subset(first), [truth[i] for i in first]
             images, truth = images.subset(second), [truth[i] for i in second]
         known, boxes, _ = images_with_boxes(*train)
-        seen = measure_overlaps(reader, known, boxes, [*settings, *heads], label="choosing", max_side=max_side)
+        seen = measure_overlaps(reader, known, boxes, [*settings, *heads], label="choosing", **reading)
         choice = choose(seen)
-    measured = measure_overlaps(reader, images, truth, choice.methods, label="testing", max_side=max_side)
+    measured = measure_overlaps(reader, images, truth, choice.methods, label="testing", **reading)
     return LostEvaluation(
         settings=choice.settings,
         scores=score_methods(measured, center=choice.center, seed=seed),
         choice=choice.to_dict() if len(settings) > 1 else None,
-        protocol={"iou_threshold": _THRESHOLD, "max_side": max_side, "padding": "zeros, right and below"},
+        protocol={"iou_threshold": _THRESHOLD, "padding": "zeros, right and below", "max_side": max_side}
+        | ({} if dense is None else {"dense": asdict(dense)}),
         ids=measured.ids,
         num_without_boxes=without,
         num_skipped=len(images) - len(measured.ids),
@@ -261,6 +266,7 @@ def measure_overlaps(
     methods: Sequence[Method],
     *,
     max_side: int = 640,
+    dense: FeatureSettings | None = None,
     label: str | None = None,
 ) -> Overlaps:
     """Run methods on images with boxes; the model sees each image once.
@@ -271,6 +277,7 @@ def measure_overlaps(
         truth: Boxes of every image, at least one each.
         methods: Methods to run.
         max_side: Longer side in pixels to which larger images are reduced.
+        dense: Views, shorter side and pooling instead of `max_side`.
         label: Label of the progress bar.
     """
     from tqdm.auto import tqdm
@@ -278,7 +285,7 @@ def measure_overlaps(
     boxes_of = dict(zip(source.ids, truth))
     found: list[Proposals] = []
     rows, degenerate = [], []
-    proposals = propose(reader, source, methods, max_side=max_side)
+    proposals = propose(reader, source, methods, max_side=max_side, dense=dense)
     for proposal in tqdm(proposals, total=len(source), desc=label, unit="image", disable=None):
         rows.append(best_iou(proposal.boxes, [boxes_of[proposal.id]] * len(methods)).double().numpy())
         degenerate.append([isinstance(result, LostResult) and result.degenerate for result in proposal.results])

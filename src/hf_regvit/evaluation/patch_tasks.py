@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class DenseSettings:
+class FeatureFile:
+    """Setting of every task on patch tokens."""
+
+    dense_settings: str | None = option(
+        None, "File of `regvit dense` that sets block, views and image size of segmentation, depth and LOST."
+    )
+
+
+@dataclass
+class DenseSettings(FeatureFile):
     """Settings of both heads on patch tokens."""
 
     dense_steps: int = option(1000, "Number of training steps of the segmentation and depth heads.")
@@ -37,9 +46,6 @@ class DenseSettings:
         None, "Shorter image side for segmentation and depth in pixels. Default: the model's image size."
     )
     num_dense_blocks: int = option(1, "Number of blocks that segmentation and depth read: 1 (the last one) or 4.")
-    dense_settings: str | None = option(
-        None, "File of `regvit dense` that sets the block, views and image size of segmentation and depth."
-    )
 
     def __post_init__(self) -> None:
         if self.num_dense_blocks not in (1, 4):
@@ -159,7 +165,7 @@ class Lost:
     """Object discovery by LOST; with several values of an option, the best combination is selected."""
 
     @dataclass
-    class Settings:
+    class Settings(FeatureFile):
         """Settings of the boxes, and the values of LOST's settings: all combinations are candidates."""
 
         boxes: str | None = option(None, "Column with ground-truth boxes. Default: objects, bbox or boxes.")
@@ -186,16 +192,18 @@ class Lost:
         max_side: int = option(640, "Maximum longer side for object discovery in pixels; larger images are resized.")
 
         def __post_init__(self) -> None:
+            if self.dense_settings is not None and self.lost_layers != [-1, -2, -3, -4]:
+                raise ValueError("dense_settings names a block, and so does lost_layers. Leave out one of them.")
             if set(self.lost_l2norm) - {"true", "false"}:
                 raise ValueError(f"lost_l2norm={self.lost_l2norm} contains an unknown value. Choose from true, false.")
 
-        def candidates(self, num_layers: int) -> "list[LostSettings]":
-            """Return the combinations for a model of that many blocks, in order of preference for ties."""
+        def candidates(self, num_layers: int, layer: int | None = None) -> "list[LostSettings]":
+            """Return the combinations for a model of that many blocks, or for one block; the first wins a tie."""
             from .lost import LostSettings
 
             cosine = (0.0, -0.1, -0.2, -0.4, -0.6) if self.lost_biases is None else self.lost_biases
             raw = cosine if self.lost_biases is not None and self.lost_l2norm == ["false"] else (0.0,)
-            layers = [layer for layer in self.lost_layers if layer >= -num_layers]
+            layers = [one for one in self.lost_layers if one >= -num_layers] if layer is None else [layer]
             values: Any = product(self.lost_features, layers, self.lost_centers, self.lost_l2norm, self.lost_k)
             found = [
                 LostSettings(feature, layer, center, norm == "true", bias, k)
@@ -213,14 +221,15 @@ class Lost:
 
     def run(self, reader: "TokenReader", parts: "TaskParts", *, seed: int) -> "list[Score]":
         """Score CorLoc; the report also keeps the whole result as `lost`."""
+        from .dense_features import settings_for
         from .object_discovery import evaluate_lost
 
         settings = self.settings
         train, (images, truth) = parts.boxes(column=settings.boxes, box_format=settings.box_format)
-        candidates = settings.candidates(reader.description.num_layers)
-        parts.lost = evaluate_lost(
-            reader, images, truth, train=train, settings=candidates, max_side=settings.max_side, seed=seed
-        )
+        dense = None if settings.dense_settings is None else settings_for(settings.dense_settings, reader)
+        candidates = settings.candidates(reader.description.num_layers, None if dense is None else dense.layer)
+        options: dict[str, Any] = {"settings": candidates, "max_side": settings.max_side, "dense": dense, "seed": seed}
+        parts.lost = evaluate_lost(reader, images, truth, train=train, **options)
         return [lost_score(parts.lost, parts.name, seed)]
 
 
@@ -230,7 +239,11 @@ def lost_score(lost: "LostEvaluation", data: str, seed: int) -> "Score":
 
     from .report import Score
 
-    score, threshold = lost.scores["lost"], lost.protocol["iou_threshold"]
+    score, threshold, dense = lost.scores["lost"], lost.protocol["iou_threshold"], lost.protocol.get("dense")
+    size = f"longer side up to {lost.protocol['max_side']} px"
+    if dense is not None:
+        size = f"shorter side {dense['image_size'] or 'of the model'} px, {dense['views']} views"
+        size += ", pooled" * dense["pool_to_grid"]
     chosen = "as given" if lost.choice is None else f"{lost.settings} (of {lost.choice['num_settings']})"
     return Score.measured(
         np.asarray(score.overlaps) >= threshold,
@@ -240,8 +253,7 @@ def lost_score(lost: "LostEvaluation", data: str, seed: int) -> "Score":
         task=Lost.name,
         variant="",
         metric="corloc",
-        protocol=f"LOST, one box per image, CorLoc at IoU {threshold}, longer side up to "
-        f"{lost.protocol['max_side']} px",
+        protocol=f"LOST, one box per image, CorLoc at IoU {threshold}, {size}",
         settings={
             "layer": lost.settings.layer,
             "chosen": chosen,

@@ -21,6 +21,7 @@ from ..models.configuration_regvit import RegViTConfig
 from ..training.callbacks import MetricsFile
 from ..training.distributed import from_first
 from .arguments import PretrainingArguments
+from .comparison import quality
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +43,11 @@ class Alarm:
 
 
 class Recipe(NamedTuple):
-    """Settings of a run that the rules read: its options and the configuration of its backbone."""
+    """Facts of a run that the rules read: its options, the configuration of its backbone, its starting point."""
 
     args: PretrainingArguments
     config: RegViTConfig
+    start: Mapping[str, float] = {}  # quality of the starting model
 
     @property
     def ln_k(self) -> float:
@@ -120,6 +122,19 @@ def _same_registers(values: Mapping[str, float], recipe: Recipe) -> str | None:
     )
 
 
+def _below_start(values: Mapping[str, float], recipe: Recipe) -> str | None:
+    start = recipe.start
+    below = {name: value for name, value in quality(values).items() if value < start.get(name, -math.inf)}
+    if not below:
+        return None
+    said = ", ".join(f"{name} is {value:.4f} ({start[name]:.4f} at the start)" for name, value in below.items())
+    return (
+        f"The features are worse than those of the starting model: {said}. Lower --learning_rate (now "
+        f"{recipe.args.learning_rate:g}), raise --gram_loss_weight (now {recipe.args.gram_loss_weight:g}) or "
+        "--freeze_backbone_steps, or set --mode lora. If a teacher was better than the start, it is in best/."
+    )
+
+
 # Measured on builtin:photos with a ViT of 2 blocks and width 96, K = 256, B = 16, 60 steps; smallest and largest
 # value from step 5 on, with the recipe of tests/integration/test_alarms_in_runs.py and several seeds:
 #
@@ -153,6 +168,7 @@ RULES: tuple[tuple[str, tuple[str, ...], Rule, bool], ...] = (
     ("one_prototype", ("teacher_marginal_entropy",), _one_prototype, False),
     ("same_features", ("feature_std", "effective_rank"), _same_features, False),
     ("same_registers", ("register_cosine",), _same_registers, True),
+    ("below_start", ("eval_patch_agreement",), _below_start, True),
 )
 
 
@@ -205,6 +221,8 @@ class CollapseAlarms(TrainerCallback):
 
     def _check(self, values: Mapping[str, float], step: int, state: TrainerState) -> None:
         """Check the values of one step; if values of a rule are missing, its count does not change."""
+        if step == 0 and self.recipe.args.init_from is not None:
+            self.recipe = self.recipe._replace(start={**self.recipe.start, **quality(values)})
         for name, keys, rule, at_once in RULES:
             if any(key not in values for key in keys) or any(alarm.name == name for alarm in self.raised):
                 continue

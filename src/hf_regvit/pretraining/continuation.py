@@ -1,5 +1,6 @@
 """Parts of a backbone that continued pretraining trains, and the files of its low-rank updates."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from ..models.modeling_regvit import RegViTModel
 from ..models.saving import num_bytes, whole_folder
 from ..training.lora import inject_lora, save_adapter
 from .arguments import PretrainingArguments
+from .network import StudentAndTeacher
 
 ADAPTER = "adapter"  # folder in the folder of a run, beside BACKBONE
 BLOCKS = "layers"
@@ -45,6 +47,27 @@ def choose_trained(backbone: RegViTModel, args: PretrainingArguments, *, new_reg
         if name in trained:
             parameter.requires_grad_(True)
     return backbone
+
+
+def memory_of_step(network: StudentAndTeacher, args: PretrainingArguments) -> dict[str, int]:
+    """Return the bytes of weights, of gradients and moments of Adam, and of the activations that a step keeps.
+
+    The activations are an estimate: 18 numbers per channel, token and trained block (11 if its linear layers are
+    frozen, 3 more with SwiGLU), of which autocast halves most. A test compares it with the tensors that are kept.
+    """
+    backbone, config = network.student_backbone, network.student_backbone.config
+    sizes = [args.global_crop_size] * 2 + [args.local_crop_size] * args.num_local_crops
+    tokens = sum(config.num_prefix_tokens + math.prod(size // side for side in config.patch_shape) for size in sizes)
+    parts = [backbone.embeddings, *backbone.layers]
+    first = next(i for i, part in enumerate(parts) if any(one.requires_grad for one in part.parameters()))
+    blocks, kept = len(parts) - max(first, 1), (11 if args.mode == "lora" else 18) + 3 * config.use_swiglu_ffn
+    kept = blocks + kept if backbone.is_gradient_checkpointing else blocks * kept
+    numbers = args.per_device_train_batch_size * tokens * config.hidden_size * kept
+    return {
+        "weights": num_bytes(network.state_dict().values()),
+        "gradients and optimizer": 3 * num_bytes(one for one in network.parameters() if one.requires_grad),
+        "activations": int(numbers * 4 * (0.55 if args.bf16 or args.fp16 else 1)),
+    }
 
 
 def write_adapter(folder: Path, trained: Mapping[str, Tensor], args: PretrainingArguments) -> None:

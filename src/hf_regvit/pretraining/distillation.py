@@ -158,6 +158,7 @@ class SelfDistillation(StudentAndTeacher):
             unknown; a weight is negative; or all weights are 0.
     """
 
+    _no_split_modules = ["RegViTLayer", "PrototypeHead"]
     needs_cls = False
 
     def __init__(

@@ -21,23 +21,27 @@ from torch import Tensor, nn
 
 from ..data.decoding import BadImageError
 from ..data.files import stratified_split
+from ..data.maps import DenseSource, has_masks
 from ..data.parts import heldout_streams, open_parts
 from ..data.source import ImageRecord, ImageSource
 from ..diagnosis.diagnose import artifact_snapshot
 from ..diagnosis.outliers import effective_rank
 from ..evaluation.knn import knn_accuracy
 from ..evaluation.linear import ridge_accuracy
+from ..models.modeling_regvit import RegViTModel
 from ..models.processing import IMAGENET_MEAN, IMAGENET_STD, default_image_processor
 from ..models.tokens import Reduction, TokenReader
 from ..training.callbacks import Observer
 from ..training.distributed import full_tensor
 from .arguments import PretrainingArguments
+from .comparison import MaskedPatches, StartComparison, masked_patches
 from .crops import MultiCropStream
 from .network import StudentAndTeacher
 
 logger = logging.getLogger(__name__)
 
 BATCH = 64  # images per forward pass
+COMPARED = 32  # images for the comparison with the start, whose patch tokens are kept
 SNAPSHOT_IMAGES = 32  # images for the artifact statistics, which use all of their patches
 
 # Keys of `artifact_snapshot` and the corresponding names in the log.
@@ -162,8 +166,10 @@ class Panels(Observer):
         return {}
 
 
-def observers(args: PretrainingArguments, dataset: Any, *, image_processor: Any) -> list[Observer]:
-    """Create the observers of a run from its arguments: monitor, panels, k-NN accuracy.
+def observers(
+    args: PretrainingArguments, dataset: Any, *, image_processor: Any, start: RegViTModel | None = None
+) -> list[Observer]:
+    """Create the observers of a run from its arguments: monitor, panels, k-NN accuracy, comparison with the start.
 
     Monitor and panels read 64 and 8 images spread over the training data. k-NN reads the labeled validation split or,
     if there is none, a quarter of the labeled training images. Images are resized and cropped once; unreadable images
@@ -174,10 +180,14 @@ def observers(args: PretrainingArguments, dataset: Any, *, image_processor: Any)
         dataset: Dataset of training crops. If it has no `source` of whole images, crops of the first epoch are used;
             for streams, the first images of some shards.
         image_processor: Image processor that the backbone is saved with, used for k-NN.
+        start: Model that the run continues, if it does.
     """
     found: list[Observer] = []
     small = default_image_processor(args.global_crop_size)
     large = default_image_processor(args.panel_size or args.global_crop_size)
+    for processor in (small, large):
+        processor.image_mean = getattr(image_processor, "image_mean", processor.image_mean)
+        processor.image_std = getattr(image_processor, "image_std", processor.image_std)
     # Only one image is decoded at a time: 64 images of 12 megapixels would take two gigabytes.
     looks = [(_cropped(one, small), _cropped(one, large)) for one in _training_images(dataset, 64)]
     if len(looks) < 2:
@@ -189,9 +199,33 @@ def observers(args: PretrainingArguments, dataset: Any, *, image_processor: Any)
             shown = [looks[index][1] for index in _spread(len(looks), 8)]
             panels = args.folder / "panels"
             found.append(Panels(shown, _normalized(shown, large), folder=panels, every_steps=args.panel_steps))
+        if args.knn_steps and start is not None:
+            pixels = _normalized([look for look, _ in looks[:COMPARED]], small)
+            masked = _masked_parts(args, small, start.config.patch_shape)
+            found.append(StartComparison(start, pixels, every_steps=args.knn_steps, masked=masked))
     if args.knn_steps and (knn := _knn(args, dataset, image_processor)) is not None:
         found.append(knn)
     return found
+
+
+def _masked_parts(
+    args: PretrainingArguments, processor: Any, patch: tuple[int, int]
+) -> tuple[MaskedPatches, MaskedPatches] | None:
+    """Return 48 training and 16 held-out images with classes of patches, if the data is a folder with masks."""
+    if args.streaming or len(args.data) > 1 or not has_masks(args.data[0]):
+        return None
+    try:
+        parts = open_parts(
+            args.data[0], kind="masks", heldout_share=0.25, seed=args.seed, max_train=48, max_heldout=16
+        )
+    except ValueError as error:
+        logger.info("k-NN accuracy of patches is disabled: %s", error)
+        return None
+    read = [
+        masked_patches([part[index].image for index in range(len(part))], part.targets, processor, patch)
+        for part in (cast(DenseSource, parts.train), cast(DenseSource, parts.heldout))
+    ]
+    return read[0], read[1]
 
 
 def _spread(count: int, wanted: int) -> list[int]:

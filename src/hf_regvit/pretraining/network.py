@@ -31,7 +31,7 @@ class StudentAndTeacher(nn.Module):
     # Without this, Trainer guesses from the signature whether the loss is already divided by the accumulation steps.
     accepts_loss_kwargs = False
     # Modules that FSDP2 shards as one group each, in student and teacher; all other parameters form another group.
-    _no_split_modules = ["RegViTLayer", "PrototypeHead"]
+    _no_split_modules = ["RegViTLayer"]
 
     student: nn.ModuleDict
     teacher: nn.ModuleDict

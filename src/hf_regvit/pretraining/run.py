@@ -25,6 +25,7 @@ from transformers import TrainerCallback, set_seed
 from ..data.augmentation import MultiCrop
 from ..data.bad_images import BadImages
 from ..data.loading import load_images, stream_images
+from ..data.maps import has_masks, without_masks
 from ..figures.curves import draw_curves
 from ..hub.card import write_card_file
 from ..hub.facts import pretraining_facts, public_recipe
@@ -48,6 +49,7 @@ from ..training.run_folder import BAD_IMAGES, RunRecord, run_environment, run_lo
 from ..training.samplers import EpochSampler
 from .arguments import PretrainingArguments
 from .collapse import Alarm, CollapseAlarms, CollapseError
+from .comparison import BestTeacher
 from .continuation import ADAPTER, choose_trained, write_adapter
 from .crops import DinoCollator, MultiCropDataset, MultiCropStream
 from .distillation import HeadShape, SelfDistillation
@@ -120,14 +122,17 @@ def _build_trainer(
 ) -> tuple[DinoTrainer, CollapseAlarms]:
     set_seed(args.seed)
     start = _starting_point(args, model)
+    if image_processor is None:
+        image_processor = _image_processor(args, start)
     network = _build_network(
-        args, start.student if start else model, new_registers=bool(start and start.new_registers)
+        args,
+        start.student if start else model,
+        new_registers=bool(start and start.new_registers),
+        processor=image_processor,
     )
     if start:
         restore_training(network, start)
     config = network.student_backbone.config
-    if image_processor is None:
-        image_processor = _image_processor(args, start)
     if train_dataset is None:
         train_dataset = _build_dataset(args, config)
     if isinstance(train_dataset, MultiCropStream) and args.max_steps <= 0:
@@ -139,8 +144,10 @@ def _build_trainer(
         data_collator = _build_collator(args, config, args.global_crop_size, image_processor)
     high_resolution = _enlarged(args, config, train_dataset, image_processor) if args.high_resolution_steps else None
     output = args.folder
-    watching = observers(args, train_dataset, image_processor=image_processor)
+    started_from = network.whole_teacher_backbone() if start else None
+    watching = observers(args, train_dataset, image_processor=image_processor, start=started_from)
     metrics = MetricsFile(output / "metrics.jsonl")
+    best = [BestTeacher(output, image_processor, metrics)] if start and args.knn_steps else []
     alarms = CollapseAlarms(args, config, stop=args.stop_on_collapse, metrics=metrics)
     trainer = DinoTrainer(
         network,
@@ -148,7 +155,7 @@ def _build_trainer(
         train_dataset=train_dataset,
         data_collator=data_collator,
         high_resolution=high_resolution,
-        callbacks=[RunRecord(output, args.resolved()), *callbacks, *watching, metrics, alarms],
+        callbacks=[RunRecord(output, args.resolved()), *callbacks, *watching, metrics, alarms, *best],
         image_processor=image_processor,
     )
     return trainer, alarms
@@ -254,15 +261,18 @@ def _train(trainer: DinoTrainer, alarms: CollapseAlarms) -> None:
 
 
 def _build_network(
-    args: PretrainingArguments, model: RegViTConfig | RegViTModel | None, *, new_registers: bool = False
+    args: PretrainingArguments,
+    model: RegViTConfig | RegViTModel | None,
+    *,
+    new_registers: bool = False,
+    processor: Any = None,
 ) -> StudentAndTeacher:
     """Build the losses around a student backbone: frozen teachers or self-distillation."""
     backbone = _build_backbone(args, model, new_registers=new_registers)
     lora_scale = args.lora_alpha / args.lora_r if args.mode == "lora" else None
     if args.teacher:
-        teachers = [
-            FrozenTeacher(name, image_size=args.teacher_image_size, device=args.device) for name in args.teacher
-        ]
+        options = {"image_size": args.teacher_image_size, "device": args.device, **_statistics(processor)}
+        teachers = [FrozenTeacher(name, **options) for name in args.teacher]
         logger.info("The student learns %s.", " and ".join(map(str, teachers)))
         weights = {"cls_weight": args.teacher_cls_weight, "patch_weight": args.teacher_patch_weight}
         return FeatureDistillation(backbone, teachers, **weights, lora_scale=lora_scale)
@@ -329,6 +339,8 @@ def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
         bad_images = BadImages(record, max_bad_share=args.max_bad_share)
         return MultiCropStream(streams, multi_crop, seed=args.seed, weights=args.data_weights, bad_images=bad_images)
     source = load_images(args.data, split="train", **columns)
+    if len(args.data) == 1 and has_masks(args.data[0]):
+        source = without_masks(source)
     logger.info("Training: %s.", source.counted())
     bad_images = BadImages(record, max_bad_share=args.max_bad_share, num_images=len(source))
     return MultiCropDataset(source, multi_crop, seed=args.seed, bad_images=bad_images)
@@ -343,6 +355,7 @@ def _build_multi_crop(
         global_scale=args.global_crop_scale,
         local_scale=args.local_crop_scale,
         patch_size=math.lcm(*config.patch_shape),
+        gram_size=args.gram_crop_size,
         **args.subset("num_local_crops", "jitter_probability", "brightness", "contrast", "saturation", "hue"),
         **args.subset("grayscale_probability", "blur", "blur_kernel_size", "blur_sigma", "solarize_probability"),
         **args.subset("flip_probability", "share_jitter", "locals_from_globals"),
@@ -355,10 +368,17 @@ def _build_collator(
     rows, columns = (global_size // side for side in config.patch_shape)
     return DinoCollator(
         (rows, columns),
-        mean=tuple(getattr(processor, "image_mean", IMAGENET_MEAN)),
-        std=tuple(getattr(processor, "image_std", IMAGENET_STD)),
+        **_statistics(processor),
         **args.subset("mask_ratio", "mask_probability", "seed"),
     )
+
+
+def _statistics(processor: Any) -> dict[str, Any]:
+    """Return the mean and standard deviation that crops are normalized with, as keyword arguments."""
+    return {
+        "mean": tuple(getattr(processor, "image_mean", IMAGENET_MEAN)),
+        "std": tuple(getattr(processor, "image_std", IMAGENET_STD)),
+    }
 
 
 def _enlarged(
@@ -395,6 +415,7 @@ def _report(trainer: DinoTrainer, *, since_start: float) -> dict[str, Any]:
     history = trainer.state.log_history
     losses = [entry for entry in history if "loss" in entry]
     probes = [item for item in trainer.callback_handler.callbacks if isinstance(item, OnlineKNN)]
+    best = [item.best for item in trainer.callback_handler.callbacks if isinstance(item, BestTeacher)]
     return {
         "steps": trainer.state.global_step,
         "images_seen": trainer.state.global_step * trainer.args.images_per_step,
@@ -412,6 +433,7 @@ def _report(trainer: DinoTrainer, *, since_start: float) -> dict[str, Any]:
             for entry in history
             if any(key.startswith("eval_knn") for key in entry)
         ],
+        "best": dict(zip(("step", "score"), best[0], strict=True)) if best and best[0] else None,
         "knn_images": [
             {"fitted_on": len(knn.neighbors), "judged": len(knn.heldout), "held_out": knn.is_held_out}
             for knn in probes

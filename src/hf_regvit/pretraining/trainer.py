@@ -16,12 +16,14 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from ..hub.facts import pretraining_facts, public_recipe
 from ..models.configuration_regvit import RegViTConfig
 from ..models.modeling_regvit import RegViTModel
-from ..training.finite import without_ids
+from ..models.saving import as_bytes
+from ..training.finite import free_memory, memory_advice, without_ids
 from ..training.parameter_groups import parameter_rules
 from ..training.run_folder import names_digest
 from ..training.samplers import EpochSampler, StreamSampler
 from ..training.trainer import RunTrainer, StepSeeds
 from .arguments import PretrainingArguments
+from .continuation import memory_of_step
 from .crops import MultiCropStream
 from .distillation import SelfDistillation, TeacherTargets
 from .feature_distillation import FeatureDistillation
@@ -223,6 +225,11 @@ class DinoTrainer(RunTrainer):
             "%d steps of %d images%s. The learning rate rises to %.4g within %d steps.",
             total_steps, per_step, epochs, schedules.learning_rate, schedules.warmup_steps,
         )  # fmt: skip
+        needed, free = memory_of_step(self.model, self.args), free_memory(self.args.device)
+        shown = ", ".join(f"{name} {as_bytes(size)}" for name, size in needed.items())
+        logger.info("Memory of a process, estimated: %s. Free: %s.", shown, as_bytes(free))
+        if sum(needed.values()) - needed["weights"] > free and not self.is_fsdp_enabled:  # the weights are loaded
+            logger.warning("Memory will probably run out. Try, in this order: %s.", memory_advice(self.args))
         names = "warmup_steps", "freeze_last_layer_steps", "freeze_backbone_steps", "warmup_teacher_temperature_steps"
         for name in names:
             if getattr(schedules, name) > total_steps:

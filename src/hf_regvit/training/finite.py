@@ -209,6 +209,12 @@ def without_ids(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def out_of_memory(args: Any, *, step: int) -> torch.OutOfMemoryError:
     """Return an error with the measured peak and the three options that help most, in the order to try them."""
+    advice = memory_advice(args)
+    return torch.OutOfMemoryError(f"Out of memory at step {step}: {_peak(args.device)}. Try, in this order: {advice}.")
+
+
+def memory_advice(args: Any) -> str:
+    """Return the three options of a run that save most memory, in the order to try them."""
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     # transformers is renaming this option; read both names while both exist.
     checkpointing = (
@@ -218,6 +224,7 @@ def out_of_memory(args: Any, *, step: int) -> torch.OutOfMemoryError:
     pretrains = hasattr(args, "global_crop_size")  # False for fine-tuning
     smallest = 4 if pretrains and args.koleo_loss_weight else 2  # KoLeo needs two images in the halved batch
     own = [
+        (args.init_from is not None and args.mode == "full", "--mode lora or last_blocks (fewer moments of Adam)"),
         (args.num_local_crops > 2, f"--num_local_crops {args.num_local_crops // 2}"),
         (args.head_num_prototypes > 4096, f"--head_num_prototypes {args.head_num_prototypes // 4}"),
         (True, "a smaller --preset"),
@@ -237,8 +244,14 @@ def out_of_memory(args: Any, *, step: int) -> torch.OutOfMemoryError:
         *own,
         (True, "a device with more memory"),
     ]
-    three = "; ".join([text for helps, text in options if helps][:3])
-    return torch.OutOfMemoryError(f"Out of memory at step {step}: {_peak(args.device)}. Try, in this order: {three}.")
+    return "; ".join([text for helps, text in options if helps][:3])
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the free memory of a GPU, or of the machine, in bytes."""
+    import psutil
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def _peak(device: torch.device) -> str:
