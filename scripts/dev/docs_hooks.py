@@ -1,11 +1,15 @@
-"""Hooks of mkdocs: list the tutorials in the navigation and insert generated tables into pages."""
+"""Hooks of mkdocs: list the tutorials in the navigation, and insert generated tables and a page of `regvit export`."""
 
 import dataclasses
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = Path(os.environ.get("EXPORTED_PAGE", ROOT / ".cache" / "docs_page"))  # written by `make docs`
+EXAMPLE = "chelsea"  # built-in image of a cat, CC0
 
 
 def on_config(config: Any) -> Any:
@@ -27,10 +31,34 @@ def title_of(path: Path) -> str:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace placeholders such as `{{ commands }}` by generated text."""
-    for name, make in (("commands", commands), ("recipes", recipes), ("options", options), ("config", config_fields)):
+    tables = (("commands", commands), ("recipes", recipes), ("options", options), ("config", config_fields))
+    for name, make in (*tables, ("exported_page", exported_page)):
         if f"{{{{ {name} }}}}" in markdown:
             markdown = markdown.replace(f"{{{{ {name} }}}}", make())
     return markdown
+
+
+def on_post_build(config: Any, **_: Any) -> None:
+    """Copy the page of an exported model into the site, with an image that it shows."""
+    if not PAGE.is_dir():
+        return
+    from hf_regvit.data.builtin import builtin_images
+
+    target = Path(config["site_dir"], "exported_page")
+    shutil.copytree(PAGE, target, dirs_exist_ok=True)
+    image = builtin_images()[EXAMPLE]
+    image.thumbnail((512, 512))
+    image.save(target / "example.png")
+
+
+def exported_page() -> str:
+    """Return a frame with the page of an exported model, or a sentence where there is none."""
+    if not PAGE.is_dir():
+        return "*The page is not shown here, because this site was built without npm (`make docs`).*"
+    return (
+        '<iframe class="exported-page" src="../exported_page/index.html?image=example.png" loading="lazy" '
+        'title="Page of an exported model"></iframe>'
+    )
 
 
 def recipes() -> str:

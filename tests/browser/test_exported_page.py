@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +24,7 @@ from hf_regvit.models.processing import default_image_processor
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
+ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60_000  # ms; the machine may be busy
 
 
@@ -145,6 +147,54 @@ def test_the_numbers_of_the_page_are_those_of_python(
     assert [url for url in page.addresses if not url.startswith((address, "data:", "blob:"))] == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
     page.screenshot(path=screenshots / f"exported_page_{width}_{scheme}.png", full_page=True)
+
+
+def test_an_image_in_the_address_is_shown_at_once(visit, address, picture):
+    page = visit(f"{address}/before/?image=../{picture.name}")
+    expect(page.locator("#status")).to_contain_text("Computed in")
+    assert page.locator("section").count() == 1
+    assert page.messages == []
+    missing = visit(f"{address}/before/?image=../nothing.png")
+    expect(missing.locator("#status")).to_have_text("There is no image ../nothing.png here.")
+    foreign = visit(f"{address}/before/?image=https://example.org/a.png")
+    expect(foreign.locator("#status")).to_have_text("There is no image https://example.org/a.png here.")
+
+
+def test_the_file_gives_the_logits_of_python_in_the_browser(visit, address, folder):
+    loaded = load_exported(folder / "after")
+    with np.load(folder / "after" / "check.npz") as stored:
+        levels, wanted = stored["images"], stored["logits"].reshape(2, 5)
+    assert levels.shape == (2, *loaded.size, 3)
+    found = visit(f"{address}/after/").evaluate(
+        """async ([bytes, shape]) => {
+            const ort = await import('./runtime/ort.wasm.min.mjs');
+            const session = await ort.InferenceSession.create('onnx/model.onnx', {executionProviders: ['wasm']});
+            const {logits} = await session.run({pixels: new ort.Tensor('uint8', Uint8Array.from(bytes), shape)});
+            return Array.from(logits.data);
+        }""",
+        [levels.ravel().tolist(), list(levels.shape)],
+    )
+    np.testing.assert_allclose(np.reshape(found, (2, 5)), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+def test_the_documentation_embeds_a_page(visit, address, folder, screenshots, width, scheme):
+    if not (folder / "site").exists():
+        build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder / "site")]
+        environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+        page = os.environ.get("EXPORTED_PAGE", str(folder / "before"))
+        subprocess.run(build, cwd=ROOT, check=True, env=environment | {"EXPORTED_PAGE": page})
+    page = visit(f"{address}/site/how_to/export_a_model.html", width, scheme)
+    frame = page.locator("iframe.exported-page")
+    frame.scroll_into_view_if_needed()
+    inner = frame.content_frame
+    expect(inner.locator("#status")).to_contain_text("Computed in")
+    assert inner.locator("canvas").count() >= 4
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert inner.locator("html").evaluate("html => html.scrollWidth <= html.clientWidth")
+    assert page.messages == []
+    assert [url for url in page.addresses if not url.startswith((address, "data:", "blob:"))] == []
+    page.screenshot(path=screenshots / f"docs_exported_page_{width}_{scheme}.png")
 
 
 def test_the_page_says_what_is_wrong(visit, address, picture, tmp_path):

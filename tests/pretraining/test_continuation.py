@@ -12,7 +12,18 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, TrainerCallback, TrainerState
 
-from builders import Recorder, json_lines, normal, save_model, tinted_folder, tiny_model, tiny_source, write
+from builders import (
+    Recorder,
+    json_lines,
+    normal,
+    plain_images,
+    save_model,
+    spy,
+    tinted_folder,
+    tiny_model,
+    tiny_source,
+    write,
+)
 from hf_regvit import RegViTModel, convert, pretrain
 from hf_regvit.models.processing import default_image_processor
 from hf_regvit.pretraining.collapse import CollapseAlarms
@@ -311,6 +322,20 @@ def test_pixels_are_normalized_as_the_starting_model_expects(family, tmp_path, c
     saved = json.loads((tmp_path / "run" / "backbone" / "preprocessor_config.json").read_text())
     assert saved["image_mean"] == pytest.approx(mean)
     assert ("has no image processor, so the mean" in caplog.text) == (family is None)
+
+
+def test_gram_crops_of_another_size_reach_the_gram_teacher(tmp_path, monkeypatch):
+    forward = spy(monkeypatch, SelfDistillation, "forward")
+    folder = plain_images(tmp_path / "images", [f"{index}.png" for index in range(6)])
+    options = {"mode": "full", "max_steps": 1, "warmup_steps": 0, "gram_crop_size": 2 * GRID * PATCH}
+    source = own_model(tmp_path / "source")
+    args = arguments(tmp_path / "run", init_from=str(source), data=[str(folder)], blur_kernel_size=3, **options)
+    pretrain(args)
+    (call,) = forward.call_args_list
+    assert call.kwargs["gram_crops"].shape == (2, 3, 3, 2 * GRID * PATCH, 2 * GRID * PATCH)
+    assert call.kwargs["global_crops"].shape[-1] == GRID * PATCH
+    with pytest.raises(ValueError, match="gram_crop_size is 32; expected no value without --gram_loss_weight"):
+        arguments(tmp_path, gram_crop_size=32)
 
 
 # --- Comparison with the start ---

@@ -35,6 +35,26 @@ def test_dataset_item(tiles):
     assert torch.equal(item["local_crops"], expected["local_crops"])
 
 
+@pytest.mark.parametrize("locals_from_globals", [False, True])
+def test_gram_crops_are_the_global_crops_at_their_size(tiles, locals_from_globals):
+    """The same regions, flips, colors and blur as a run with larger crops, and the student's crops unchanged."""
+    sizes = {"local_size": 16, "num_local_crops": 2, "patch_size": 8, "locals_from_globals": locals_from_globals}
+    plain, larger = (MultiCrop(global_size=size, **sizes) for size in (32, 48))
+    both = dataclasses.replace(plain, gram_size=48)
+    for index in range(6):
+        draw = {"seed": 5, "epoch": 1, "sample_id": index}
+        crops = both(tiles[index].image, **draw)
+        assert torch.equal(crops["gram_crops"], larger(tiles[index].image, **draw)["global_crops"])
+        for name, expected in plain(tiles[index].image, **draw).items():
+            assert torch.equal(crops[name], expected)
+    samples = [{**both(tiles[index].image, **draw), "sample_id": index, "epoch": 1} for index in (3, 4)]
+    batch = crops_module.DinoCollator((4, 4), seed=5)(samples)
+    assert batch["gram_crops"].shape == (2, 2, 3, 48, 48)
+    assert torch.equal(batch["gram_crops"][1, 0], normalize_pixels(samples[0]["gram_crops"])[1])
+    with pytest.raises(ValueError, match=r"gram_size=50 is not a multiple of patch_size=8\. Use 48"):
+        dataclasses.replace(plain, gram_size=50)
+
+
 @pytest.mark.parametrize("budget", [0, 3 * 64 * 64 * 4, 2**20])
 def test_dataset_cache_keeps_to_its_budget_and_changes_nothing(tiles, budget):
     dataset = small_set(tiles)

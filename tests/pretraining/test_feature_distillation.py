@@ -50,6 +50,16 @@ def test_targets_are_the_normalized_tokens_of_the_teacher_without_its_registers(
     torch.testing.assert_close(patches, expected, atol=1e-4, rtol=0)
 
 
+def test_the_normalization_of_the_crops_does_not_matter():
+    """A student that starts from CLIP has crops normalized as CLIP expects; the teacher sees the same image."""
+    model, levels = frozen_teacher().reader, torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    targets = []
+    for mean, std in ((IMAGENET_MEAN, IMAGENET_STD), ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4])):
+        shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        targets.append(FrozenTeacher(model, mean=mean, std=std)((levels - shift) / scale, (4, 4))[1])
+    torch.testing.assert_close(*targets, atol=1e-4, rtol=0)
+
+
 def test_a_teacher_that_reads_one_size_only_gives_the_grid_of_the_student():
     model = builders.tiny_timm(img_size=32, patch_size=4, dynamic_img_size=False)
     teacher = FrozenTeacher(open_model(model, processor=frozen_teacher().reader.processor))

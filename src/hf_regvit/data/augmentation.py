@@ -76,7 +76,8 @@ class MultiCrop:
     one grayscale to the whole image before the crops are cut. `locals_from_globals` cuts the first half of the local
     crops from global crop 0 and the others from global crop 1, before their colors change, at offsets that are
     multiples of `patch_size` (of 1 if it is None), without resizing or flipping them again; the contrast then uses the
-    mean of the local crop, where dinov3 uses the mean of the global crop.
+    mean of the local crop, where dinov3 uses the mean of the global crop. `gram_size` adds the global crops once more
+    at that size, with the same distortions, for the teacher of Gram anchoring.
 
     Raises:
         ValueError: A size is not a multiple of `patch_size`, a scale or probability is out of range, or the kernel
@@ -105,10 +106,13 @@ class MultiCrop:
     solarize_probability: float = 0.2
     share_jitter: bool = False
     locals_from_globals: bool = False
+    gram_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("global_size", "local_size"):
+        for name in ("global_size", "local_size", "gram_size"):
             size, patch = getattr(self, name), self.patch_size or 1
+            if size is None:
+                continue
             if size < patch or size % patch:
                 nearest = max(round(size / patch), 1) * patch
                 raise ValueError(f"{name}={size} is not a multiple of patch_size={patch}. Use {nearest}.")
@@ -144,7 +148,8 @@ class MultiCrop:
             sample_id: Index of the image in its source.
 
         Returns:
-            `global_crops` (2, 3, S, S) and `local_crops` (L, 3, s, s), uint8; see `normalize_pixels`.
+            `global_crops` (2, 3, S, S) and `local_crops` (L, 3, s, s), uint8; see `normalize_pixels`. If `gram_size`
+            is set, also `gram_crops` (2, 3, S', S').
         """
         whole, views = self.parameters(image.size, seed=seed, epoch=epoch, sample_id=sample_id)
         return self.render(image, whole, views)
@@ -173,10 +178,15 @@ class MultiCrop:
                 crops.append(_resized_crop(pixels, view, self.local_size))
         kernel_size = self.blur_kernel_size
         crops = [distort(crop, view, blur_kernel_size=kernel_size) for crop, view in zip(crops, views, strict=True)]
-        return {
+        rendered = {
             "global_crops": _stack_planes(crops[:2], self.global_size),
             "local_crops": _stack_planes(crops[2:], self.local_size),
         }
+        if self.gram_size is not None:
+            larger = [_resized_crop(pixels, view, self.gram_size) for view in views[:2]]
+            distorted = [distort(crop, view, blur_kernel_size=kernel_size) for crop, view in zip(larger, views)]
+            rendered["gram_crops"] = _stack_planes(distorted, self.gram_size)
+        return rendered
 
     def _view_parameters(self, size: tuple[int, int], view: int, numbers: Sequence[float]) -> ViewParameters:
         is_global = view < 2

@@ -134,6 +134,11 @@ class PretrainingArguments(RunArguments):
         "Steps after which Gram anchoring takes the new teacher; 0: never. Default: 10000, as in DINOv3, or 0 with "
         "--init_from.",
     )
+    gram_crop_size: int | None = option(
+        None,
+        "Side in pixels of the global crops for Gram anchoring, whose teacher then sees more detail; default: as the "
+        "student. DINOv3: twice the student's.",
+    )
     centering: str = option("softmax", "Teacher targets: 'softmax' (official short) or 'sinkhorn' (official full).")
     center_momentum: float = option(0.9, "Share of the previous center that is kept per step. Official: 0.9.")
     student_temperature: float = option(0.1, "Temperature of the student softmax. Official: 0.1.")
@@ -272,6 +277,11 @@ class PretrainingArguments(RunArguments):
         self._expect("gram_loss_weight", not (self.teacher and self.gram_loss_weight), "0 with --teacher")
         self._expect(
             "teacher_image_size", bool(self.teacher) or not self.teacher_image_size, "no value without --teacher"
+        )
+        self._expect(
+            "gram_crop_size",
+            bool(self.gram_loss_weight) or not self.gram_crop_size,
+            "no value without --gram_loss_weight",
         )
         self._expect("gram_refresh_steps", self.gram_refresh_steps >= 0, "at least 1, or 0 for never")
         for name in ("num_trained_blocks", "lora_r"):

@@ -298,8 +298,8 @@ class DinoCollator:
 
     Call it with a list of B items. The batch has `global_crops` (2, B, 3, S, S), `local_crops` (L, B, 3, s, s),
     `masks` (2, B, N) bool, `mask_indices` (M,) int64 into the flattened masks, `mask_weights` (M,) float32, and
-    `sample_ids` and `epochs` (B,) int64, which the trainer removes before the forward pass. The masks depend only on
-    the seed, the epoch and the ids of the items.
+    `sample_ids` and `epochs` (B,) int64, which the trainer removes before the forward pass; also `gram_crops`
+    (2, B, 3, S', S') if the items have them. The masks depend only on the seed, the epoch and the ids of the items.
 
     Args:
         grid: (rows, columns) of patches of a global crop.
@@ -330,7 +330,9 @@ class DinoCollator:
         )
         masks = torch.from_numpy(drawn).view(num_crops, batch_size, -1)  # (2, B, N)
         mask_indices, mask_weights = masked_positions(masks)
+        larger = {"gram_crops": _stack_crops(samples, "gram_crops", *statistics)} if "gram_crops" in samples[0] else {}
         return {
+            **larger,
             "global_crops": global_crops,
             "local_crops": local_crops,
             "masks": masks,

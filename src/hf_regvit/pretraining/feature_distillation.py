@@ -35,22 +35,31 @@ class FrozenTeacher:
         image_size: Side in pixels to which global crops are resized. Default: the teacher gets as many patches as the
             student, or the only size that it can read.
         device: Device of a teacher given by name.
+        mean: Mean of each channel that the crops are normalized with.
+        std: Standard deviation of each channel that the crops are normalized with.
 
     Raises:
         UnknownProcessorError: The image processor of the teacher, whose normalization is needed, is not known.
         ValueError: The teacher cannot read images of `image_size`.
     """
 
-    def __init__(self, source: Any, *, image_size: int | None = None, device: Any = "auto") -> None:
+    def __init__(
+        self,
+        source: Any,
+        *,
+        image_size: int | None = None,
+        device: Any = "auto",
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
         self.reader: TokenReader = open_model(source, device=device)
         self.reader.model.requires_grad_(False)
         self.image_size = image_size
         transform = self.reader.transform
-        of_crops, of_teacher = ((IMAGENET_MEAN, IMAGENET_STD), (transform.mean, transform.std))
-        (mean, std), (own_mean, own_std) = (
-            (torch.tensor(values).view(-1, 1, 1) for values in pair) for pair in (of_crops, of_teacher)
+        shift, scale, own_mean, own_std = (
+            torch.tensor(values).view(-1, 1, 1) for values in (mean, std, transform.mean, transform.std)
         )
-        self._scale, self._shift = std / own_std, (mean - own_mean) / own_std
+        self._scale, self._shift = scale / own_std, (shift - own_mean) / own_std
         self(torch.zeros(1, 3, 64, 64), (4, 4))  # an image size that it cannot read is an error now
 
     def size_for(self, grid: Grid) -> tuple[int, int]:
@@ -68,7 +77,7 @@ class FrozenTeacher:
         """Compute the targets of crops.
 
         Args:
-            crops: Pixels `(n, 3, S, S)`, normalized with the ImageNet statistics.
+            crops: Pixels `(n, 3, S, S)`, normalized with `mean` and `std`.
             grid: Rows and columns of the student's patches.
 
         Returns:
@@ -151,7 +160,7 @@ class FeatureDistillation(StudentAndTeacher):
         mean of the teacher's targets for the global crops of its image.
 
         Args:
-            global_crops: Pixels `(G, B, 3, S, S)`, normalized with the ImageNet statistics.
+            global_crops: Pixels `(G, B, 3, S, S)`, normalized as the teachers were told.
             local_crops: Normalized pixels `(L, B, 3, s, s)`; L may be 0.
             masks: Boolean masks `(G, B, N)`; masked patches are replaced by the mask token for the student.
             **_: Other entries of a batch, which only self-distillation needs.

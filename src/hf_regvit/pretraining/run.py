@@ -122,14 +122,17 @@ def _build_trainer(
 ) -> tuple[DinoTrainer, CollapseAlarms]:
     set_seed(args.seed)
     start = _starting_point(args, model)
+    if image_processor is None:
+        image_processor = _image_processor(args, start)
     network = _build_network(
-        args, start.student if start else model, new_registers=bool(start and start.new_registers)
+        args,
+        start.student if start else model,
+        new_registers=bool(start and start.new_registers),
+        processor=image_processor,
     )
     if start:
         restore_training(network, start)
     config = network.student_backbone.config
-    if image_processor is None:
-        image_processor = _image_processor(args, start)
     if train_dataset is None:
         train_dataset = _build_dataset(args, config)
     if isinstance(train_dataset, MultiCropStream) and args.max_steps <= 0:
@@ -258,15 +261,18 @@ def _train(trainer: DinoTrainer, alarms: CollapseAlarms) -> None:
 
 
 def _build_network(
-    args: PretrainingArguments, model: RegViTConfig | RegViTModel | None, *, new_registers: bool = False
+    args: PretrainingArguments,
+    model: RegViTConfig | RegViTModel | None,
+    *,
+    new_registers: bool = False,
+    processor: Any = None,
 ) -> StudentAndTeacher:
     """Build the losses around a student backbone: frozen teachers or self-distillation."""
     backbone = _build_backbone(args, model, new_registers=new_registers)
     lora_scale = args.lora_alpha / args.lora_r if args.mode == "lora" else None
     if args.teacher:
-        teachers = [
-            FrozenTeacher(name, image_size=args.teacher_image_size, device=args.device) for name in args.teacher
-        ]
+        options = {"image_size": args.teacher_image_size, "device": args.device, **_statistics(processor)}
+        teachers = [FrozenTeacher(name, **options) for name in args.teacher]
         logger.info("The student learns %s.", " and ".join(map(str, teachers)))
         weights = {"cls_weight": args.teacher_cls_weight, "patch_weight": args.teacher_patch_weight}
         return FeatureDistillation(backbone, teachers, **weights, lora_scale=lora_scale)
@@ -349,6 +355,7 @@ def _build_multi_crop(
         global_scale=args.global_crop_scale,
         local_scale=args.local_crop_scale,
         patch_size=math.lcm(*config.patch_shape),
+        gram_size=args.gram_crop_size,
         **args.subset("num_local_crops", "jitter_probability", "brightness", "contrast", "saturation", "hue"),
         **args.subset("grayscale_probability", "blur", "blur_kernel_size", "blur_sigma", "solarize_probability"),
         **args.subset("flip_probability", "share_jitter", "locals_from_globals"),
@@ -361,10 +368,17 @@ def _build_collator(
     rows, columns = (global_size // side for side in config.patch_shape)
     return DinoCollator(
         (rows, columns),
-        mean=tuple(getattr(processor, "image_mean", IMAGENET_MEAN)),
-        std=tuple(getattr(processor, "image_std", IMAGENET_STD)),
+        **_statistics(processor),
         **args.subset("mask_ratio", "mask_probability", "seed"),
     )
+
+
+def _statistics(processor: Any) -> dict[str, Any]:
+    """Return the mean and standard deviation that crops are normalized with, as keyword arguments."""
+    return {
+        "mean": tuple(getattr(processor, "image_mean", IMAGENET_MEAN)),
+        "std": tuple(getattr(processor, "image_std", IMAGENET_STD)),
+    }
 
 
 def _enlarged(

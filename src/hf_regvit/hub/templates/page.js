@@ -1,5 +1,6 @@
 // Runs the exported model of this folder on an image and draws norms, attention and PCA of its patches. With
-// `?other=FOLDER` in the address, the model of another export, a folder on the same host, is shown below.
+// `?other=FOLDER` in the address, the model of another export, a folder on the same host, is shown below. With
+// `?image=FILE`, an image on the same host is shown at once.
 
 import * as ort from './runtime/ort.wasm.min.mjs';
 
@@ -204,12 +205,16 @@ let models = [], running = false;
 
 async function start() {
   const folders = [new URL('./', location.href)];
-  const other = new URLSearchParams(location.search).get('other');
+  const [other, image] = ['other', 'image'].map((name) => new URLSearchParams(location.search).get(name));
   if (other) folders.push(new URL(other.replace(/\/*$/, '/'), folders[0]));
   if (folders.some((folder) => folder.origin !== location.origin)) throw new Error('The other export must be here, too.');
   for (const folder of folders) models.push(await load(folder));
   element('takes').textContent = `The image is resized and cropped to ${models[0].proof.size.join(' x ')} pixels.`;
   say('Ready');
+  if (!image) return;
+  const response = await fetch(new URL(image, folders[0])).catch(() => ({ok: false}));
+  if (!response.ok) throw new Error(`There is no image ${image} here.`);
+  await open(await response.blob());
 }
 
 async function open(file) {
