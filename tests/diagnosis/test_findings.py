@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from hf_regvit import add_test_time_registers, diagnose
+from hf_regvit.diagnosis import diagnose as diagnose_module
 from hf_regvit.diagnosis.comparison import compare_checkpoints
-from hf_regvit.diagnosis.findings import findings, next_step, relocation
+from hf_regvit.diagnosis.findings import findings, last_mass, next_step, relocation
 from hf_regvit.diagnosis.report import ArtifactReport
 from hf_regvit.figures.diagnosis_page import report_page, write_comparison
 from planted_defects import MODELS, PROCESSOR, QUIET, plant_neuron, plant_sink, sample
@@ -52,10 +53,37 @@ def test_attention_is_relocated_not_removed(compared, tmp_path):
     assert registers["difference"] == pytest.approx(-outliers["difference"], abs=0.15)
     first, last = compared.reports.values()
     assert relocation(last, first) is None
+    changes = {each["name"]: each for each in compared.differences}
+    assert list(changes) == [found.name for found in findings(first) if found.key is not None]
+    for found, other in zip(findings(first), findings(last)):
+        if found.key is not None:
+            assert changes[found.name]["difference"] == pytest.approx(other.number - found.number, abs=2e-4)
+    assert changes["tokens that do not describe their place"]["interval"][1] < 0
+    low, high = changes["use of this attention"]["interval"]
+    assert low <= changes["use of this attention"]["difference"] <= high
+    assert changes["position in the output"]["interval"] is None
     page = write_comparison(compared, tmp_path / "comparison.html").read_text()
     assert compared.conclusion in page
     assert "95 % interval" in page
+    assert f"{changes['position in the output']['difference']:+.2f}" in page
+    assert "heads per image" in page
     assert json.loads(compared.save(tmp_path).read_text())["attention"] == compared.attention
+
+
+def test_the_images_are_opened_once_per_model(models, monkeypatch):
+    """The comparison of the attention uses the pixels of the diagnosis, and the masses are those of a diagnosis."""
+    opened = []
+    read = diagnose_module.prepare_images
+    monkeypatch.setattr(
+        diagnose_module, "prepare_images", lambda *args, **kw: opened.append(args) or read(*args, **kw)
+    )
+    report = compare_checkpoints(models, sample(24, seed=1).images, throughput_rounds=1, **QUIET)
+    assert len(opened) == 2
+    first, last = report.reports.values()
+    means = report.attention["means"]
+    assert means["outliers, first"] == pytest.approx(last_mass(first, "outliers"), abs=1e-3)
+    assert means["registers, last"] == pytest.approx(last_mass(last, "registers"), abs=1e-3)
+    assert means["outliers, last"] < 0.2 * means["outliers, first"]
 
 
 def test_the_next_step_is_the_first_that_applies(compared):

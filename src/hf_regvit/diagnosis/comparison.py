@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,17 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ..data.loading import load_images
-from ..data.preparation import prepare_images
 from ..evaluation.intervals import paired_difference
 from ..models.loading import distinct_names, open_model
 from ..models.results import Record, Result, markdown_table
 from ..models.tokens import TokenReader
-from .diagnose import diagnose
-from .findings import relocation
-from .readings import token_norms
+from .diagnose import ImageNumbers, measure
+from .findings import findings, relocation
 from .report import ArtifactReport
-from .sinks import SinkReader, last_quarter
+from .sinks import SinkReader, image_numbers
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,18 +32,22 @@ class ComparisonReport(Result):
         attention: Attention in the last quarter of the blocks to the outliers of the first checkpoint, to the same
             patches of the last one, and to registers, with the differences and their 95 % intervals; None if it
             cannot be compared.
+        differences: Last minus first checkpoint for the numbers of `findings` that have a difference, with its 95 %
+            interval over images, if there is one.
     """
 
     rows: list[Record]
     reports: dict[str, ArtifactReport]
     settings: Record
     attention: Record | None = None
+    differences: list[Record] = field(default_factory=list)
 
     file_name: ClassVar = "comparison.json"
 
     def to_dict(self) -> Record:
-        """Return rows, settings and attention; the reports are saved separately."""
-        return {"rows": self.rows, "settings": self.settings, "attention": self.attention}
+        """Return everything but the reports, which are saved separately."""
+        rest = {"attention": self.attention, "differences": self.differences}
+        return {"rows": self.rows, "settings": self.settings} | rest
 
     @property
     def conclusion(self) -> str | None:
@@ -116,7 +117,11 @@ def compare_checkpoints(
         raise ValueError(f"Got {len(models)} models, but a comparison needs at least two different checkpoints.")
     names = distinct_names(models)
     readers = {name: open_model(model, device=device, processor=processor) for name, model in zip(names, models)}
-    reports = {name: diagnose(reader, images, **settings) for name, reader in readers.items()}
+    reports: dict[str, ArtifactReport] = {}
+    numbers: list[ImageNumbers] = []  # of the first and of the last model
+    for name, reader in readers.items():
+        reports[name], found = measure(reader, images, **settings)
+        numbers = [*numbers[:1], found]
     speeds: dict[str, list[float]] = {name: [] for name in readers}
     for _ in range(throughput_rounds + 1):
         for name, reader in readers.items():
@@ -129,51 +134,68 @@ def compare_checkpoints(
         for name, report in reports.items()
     ]
     threads = {"threads": torch.get_num_threads(), "throughput_batch": 8, "throughput_rounds": throughput_rounds}
-    attention = compare_attention(list(readers.values()), images, first, list(reports.values())[-1])
-    return ComparisonReport(rows=rows, reports=reports, settings=first.settings | threads, attention=attention)
+    attention = compare_attention(list(readers.values())[-1], *numbers)
+    return ComparisonReport(
+        rows=rows,
+        reports=reports,
+        settings=first.settings | threads,
+        attention=attention,
+        differences=compare_findings((first, list(reports.values())[-1]), numbers),
+    )
 
 
-def compare_attention(
-    readers: Sequence[TokenReader], images: object, first: ArtifactReport, last: ArtifactReport
-) -> Record | None:
+def compare_attention(reader: TokenReader, first: ImageNumbers, last: ImageNumbers) -> Record | None:
     """Compare the attention in the last quarter of the blocks of the first and of the last model on the same images.
 
     Args:
-        readers: Readers of the models.
-        images: Images of the diagnoses.
-        first: Report of the first model, whose outliers are the set for both models.
-        last: Report of the last model.
+        reader: Reader of the last model.
+        first: Numbers of the first model, whose outliers are the set for both models.
+        last: Numbers of the last model.
 
     Returns:
-        None if the first model has no outliers, the grids differ, or attention cannot be read.
+        None if the first model has no outliers, images or grids differ, or attention cannot be read.
     """
-    if not first.bimodal or first.outliers["grid"] != last.outliers["grid"] or not (first.sinks and last.sinks):
+    patch = reader.description.patch_size
+    patches = (last.pixels.shape[2] // patch[0]) * (last.pixels.shape[3] // patch[1])
+    if first.outliers is None or first.outliers.shape[1] != patches or first.ids != last.ids:
         return None
-    settings, (rows, columns) = first.settings, first.outliers["grid"]
-    source = load_images(images, split=None) if isinstance(images, str | Path) else images
-    drawn = {"max_images": first.sinks["num_images"], "seed": settings["seed"]}
+    if not reader.reads_attention or "top.mass" not in first.values:
+        return None
+    sinks, start = SinkReader(reader, last.ids, patches, first.outliers), 0
+    for pixels in last.pixels.split(min(32, sinks.max_batch)):
+        reader.read_many(pixels, {"v": "all", "attention": "all"}, reduce=sinks.reductions(start))
+        start += len(pixels)
     masses: dict[str, NDArray[np.float64]] = {}
-    mask: NDArray[np.bool_] | None = None
-    for place, reader in (("first", readers[0]), ("last", readers[-1])):
-        prepared = list(prepare_images(source, reader.transform, batch_size=settings["batch_size"], **drawn))
-        ids = [name for names, _ in prepared for name in names]
-        if mask is None:
-            norms = [reader.read(x, layers=(first.layer,), reduce=token_norms).patches() for _, x in prepared]
-            mask = (torch.cat(norms) > first.cutoff).numpy()
-        sinks, start = SinkReader(reader, ids, rows * columns, mask), 0
-        for pixels in (part for _, x in prepared for part in x.split(sinks.max_batch)):
-            reader.read_many(pixels, {"v": "all", "attention": "all"}, reduce=sinks.reductions(start))
-            start += len(pixels)
+    for place, values in (("first", first.values), ("last", image_numbers(sinks.numbers))):
         for name in ("outliers", "registers"):
-            numbers = sinks.numbers.get(f"{name}.mass", torch.zeros(len(ids), 1, 1))
-            quarter = numbers[:, -last_quarter(reader.description.num_layers) :]
-            masses[f"{name}, {place}"] = quarter.mean(dim=(1, 2)).double().numpy()
-    found: Record = {"num_images": len(ids), "means": {name: float(mass.mean()) for name, mass in masses.items()}}
+            masses[f"{name}, {place}"] = values.get(f"{name}.mass", np.zeros(len(first.ids)))
+    means = {name: float(mass.mean()) for name, mass in masses.items()}
+    found: Record = {"num_images": len(first.ids), "means": means}
     for name in ("outliers", "registers"):
-        pair = (masses[f"{name}, {place}"][:, None] for place in ("first", "last"))
-        difference, interval = paired_difference(*pair, seed=0)
-        found[name] = {"difference": difference, "interval": list(interval)}
+        found[name] = _difference(masses[f"{name}, first"], masses[f"{name}, last"])
     return found
+
+
+def compare_findings(reports: tuple[ArtifactReport, ArtifactReport], numbers: Sequence[ImageNumbers]) -> list[Record]:
+    """Return name, difference (last minus first) and 95 % interval of those of the six numbers that have a difference.
+
+    The interval is None for the position, which is one number for all images, and if the images differ.
+    """
+    found, (first, last) = [], numbers
+    for one, other in zip(*map(findings, reports)):
+        if one.key is None or other.key is None or one.number is None or other.number is None:
+            continue
+        record: Record = {"name": one.name, "difference": other.number - one.number, "interval": None}
+        if first.ids == last.ids and one.key in first.values:
+            record |= _difference(first.values[one.key], last.values[other.key])
+        found.append(record)
+    return found
+
+
+def _difference(first: NDArray[np.float64], last: NDArray[np.float64]) -> Record:
+    """Return the mean difference over images and its 95 % interval."""
+    difference, interval = paired_difference(first[:, None], last[:, None], seed=0)
+    return {"difference": difference, "interval": list(interval)}
 
 
 def _row(report: ArtifactReport, first: ArtifactReport) -> Record:

@@ -56,7 +56,7 @@ from .readings import (
     read_norms,
 )
 from .report import ArtifactReport
-from .sinks import SinkReader, sink_record
+from .sinks import SinkReader, image_numbers, sink_record
 from .spurious import FixedPatterns, find_fixed_patterns, global_proxy_share, spurious_record
 from .token_probes import token_probes
 
@@ -107,12 +107,50 @@ def diagnose(
 
     Source: arXiv 2309.16588; the individual functions describe the protocols.
     """
+    reader = open_model(model, device=device, processor=processor)
+    return measure(
+        reader, images, layers=layers, cutoff=cutoff, max_images=max_images, seed=seed, batch_size=batch_size,
+        detail_images=detail_images, probes=probes, progress=progress,
+    )[0]  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class ImageNumbers:
+    """Numbers of the n detail images one by one, to compare models on the same images.
+
+    Attributes:
+        ids: Names of the images.
+        pixels: (n, 3, H, W) normalized pixels.
+        outliers: (n, N) mask of the outliers by norm; None if there is no distinct population.
+        values: (n,) numbers by name: "tokens", the share that does not describe its place, and for each set of tokens
+            "NAME.mass", its attention in the last quarter of the blocks, and "NAME.events", its number of sinks.
+    """
+
+    ids: list[str]
+    pixels: Tensor
+    outliers: NDArray[np.bool_] | None
+    values: dict[str, NDArray[np.float64]]
+
+
+def measure(
+    reader: TokenReader,
+    images: object,
+    *,
+    layers: Layers = "all",
+    cutoff: float | str = "auto",
+    max_images: int = 1000,
+    seed: int = 0,
+    batch_size: int = 32,
+    detail_images: int = 128,
+    probes: bool = False,
+    progress: bool = True,
+) -> tuple[ArtifactReport, ImageNumbers]:
+    """Diagnose a model; return also the numbers of single images, which a report leaves out. See `diagnose`."""
     if detail_images < 2 or max_images < MIN_IMAGES:
         raise ValueError(
             f"detail_images={detail_images} must be at least 2, and max_images={max_images} at least {MIN_IMAGES}."
         )
     watch = Stopwatch()
-    reader = open_model(model, device=device, processor=processor)
     source = load_images(images, split=None) if isinstance(images, str | Path) else images
     drawn: Record = {"max_images": max_images, "batch_size": batch_size, "seed": seed}
     prepared = prepare_images(source, reader.transform, **drawn)
@@ -134,7 +172,9 @@ def diagnose(
         found = token_probes(reader, source, cutoff=cutoffs[layer].cutoff, cutoff_layer=layer, **drawn)
         details["probes"] = found.to_dict()
         watch.lap("probes")
-    return _report(case, cutoffs, details, {"cutoff": cutoff, "layers": list(readings.norms)}, drawn, watch)
+    numbers = details.pop("numbers")
+    report = _report(case, cutoffs, details, {"cutoff": cutoff, "layers": list(readings.norms)}, drawn, watch)
+    return report, numbers
 
 
 def _report(
@@ -292,7 +332,9 @@ def _details(case: _Case) -> Record:
             ranks.add({"ranks": effective_rank(final[:, prefix:])})
     joined = parts.joined()
     patterns = find_fixed_patterns(joined["final"], joined["embeddings"], seed=case.seed)
+    values = {"tokens": (patterns.flagged | (outlier & case.distinct)).mean(axis=1)} | image_numbers(sinks.numbers)
     return _token_records(case, joined["tokens"], ranks.joined()["ranks"]) | {
+        "numbers": ImageNumbers(sinks.ids, readings.pixels, mask, values),
         "registers": _register_record(case, joined["registers"]),
         "examples": _examples(case, patterns.score, sinks.received.numpy() if sinks.numbers else None),
         "sinks": sink_record(sinks.numbers) if sinks.numbers else None,

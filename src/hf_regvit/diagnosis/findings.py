@@ -18,12 +18,13 @@ _SETS = {"outliers": "outliers", "registers": "registers", "top": "the most atte
 
 @dataclass(frozen=True)
 class Finding:
-    """Number of a report: a name, the value as text, a sentence, and the number itself, if any."""
+    """Number of a report: a name, the value as text, a sentence, the number itself, and its key for differences."""
 
     name: str
     value: str
     sentence: str
     number: float | None = None
+    key: str | None = None
 
 
 def findings(report: ArtifactReport) -> list[Finding]:
@@ -66,7 +67,7 @@ def _tokens(report: ArtifactReport) -> Finding:
     if not found["judged"]:
         sentence += f" Repetition was not decided: {found['reason']}."
     value = f"{found['per_image']:.1f} of {rows * columns} per image ({share:.1%})"
-    return Finding("tokens that do not describe their place", value, sentence, share)
+    return Finding("tokens that do not describe their place", value, sentence, share, "tokens")
 
 
 def _attention(report: ArtifactReport) -> Finding:
@@ -79,18 +80,18 @@ def _attention(report: ArtifactReport) -> Finding:
     sentence = f"Share of the attention of all tokens in {blocks} that goes to {_SETS[name]}; mean over heads."
     if name != "outliers":
         sentence += " The model has no outliers."
-    return Finding("attention they take", f"{mass:.0%}", sentence, mass)
+    return Finding("attention they take", f"{mass:.0%}", sentence, mass, f"{name}.mass")
 
 
 def _purpose(report: ArtifactReport) -> Finding:
     title = "use of this attention"
     if not report.sinks:
         return Finding(title, "not measured", "The attention weights of this model cannot be read.")
-    found = report.sinks["sets"][main_set(report)]
+    found, key = report.sinks["sets"][main_set(report)], f"{main_set(report)}.events"
     counts = {kind: found["per_image"][kind] for kind in _PLACES}
     kind = max(counts, key=lambda each: counts[each])
     if found["per_image"]["events"] < 0.5:
-        return Finding(title, "none", "No head gives these tokens half of its attention.", 0.0)
+        return Finding(title, "none", "No head gives these tokens half of its attention.", 0.0, key)
     value, sentence = _PLACES[kind]
     ratio = sink_ratio(found)
     return Finding(
@@ -98,6 +99,7 @@ def _purpose(report: ArtifactReport) -> Finding:
         value if ratio is None else f"{value} (value {ratio:.2f} of normal)",
         f"{sentence} An image has {found['per_image']['events']:.1f} such heads on average.",
         found["per_image"]["events"],
+        key,
     )
 
 
@@ -128,7 +130,7 @@ def _position(found: Record) -> Finding:
     if drops and max(drops) > 0.1:
         text += f" The largest drop is at block {found['layers'][drops.index(max(drops)) + 1]}."
     text += f" Removing it leaves a cosine of {found['removed']['cosine']:.3f} with the original tokens."
-    return Finding("position in the output", f"R2 {found['final']:.2f}", text, found["final"])
+    return Finding("position in the output", f"R2 {found['final']:.2f}", text, found["final"], "position")
 
 
 def _sizes(report: ArtifactReport) -> Finding:

@@ -123,7 +123,7 @@ class SinkReader:
     def __init__(
         self, reader: TokenReader, ids: Sequence[str], num_patches: int, outliers: NDArray[np.bool_] | None
     ) -> None:
-        self.reader, self.ids, d = reader, ids, reader.description
+        self.reader, self.ids, d = reader, list(ids), reader.description
         self.num_tokens = d.num_prefix_tokens + num_patches
         place = torch.arange(self.num_tokens).expand(len(ids), -1)
         is_patch = place >= d.num_prefix_tokens
@@ -240,6 +240,16 @@ def sink_record(numbers: Mapping[str, Tensor]) -> Record:
 def counted(events: Tensor) -> Tensor:
     """Count the events (n, L, H) of each image from block 2 on, (n,)."""
     return events[:, FIRST_BLOCK - 1 :].sum(dim=(1, 2)).float()
+
+
+def image_numbers(numbers: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
+    """Return for each set of tokens "NAME.mass" in the last quarter of the blocks and "NAME.events", each (n,)."""
+    found: dict[str, NDArray[np.float64]] = {}
+    for name in ("outliers", "registers", "top"):
+        if (mass := numbers.get(f"{name}.mass")) is not None:
+            found[f"{name}.mass"] = mass[:, -last_quarter(mass.shape[1]) :].mean(dim=(1, 2)).double().numpy()
+            found[f"{name}.events"] = counted(sink_events(numbers, name)["events"]).double().numpy()
+    return found
 
 
 def _classes(events: Mapping[str, Tensor]) -> list[list[str]]:

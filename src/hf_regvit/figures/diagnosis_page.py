@@ -77,12 +77,11 @@ def report_page(report: ArtifactReport) -> str:
 def write_comparison(report: ComparisonReport, path: str | Path) -> Path:
     """Write a page that compares the six numbers of several models, and the attention of the first and the last."""
     found = {name: findings(each) for name, each in report.reports.items()}
+    changes = {each["name"]: _change(each) for each in report.differences}
     measured, attention = report.attention or {}, []
     for name in ("outliers", "registers") if measured else ():
-        means, change = measured["means"], measured[name]
-        shares = [means[f"{name}, first"], means[f"{name}, last"], change["difference"], *change["interval"]]
-        first, last, difference, low, high = (f"{share:.1%}" for share in shares)
-        attention.append([name, first, last, difference, f"{low} to {high}"])
+        first, last = (f"{measured['means'][f'{name}, {place}']:.1%}" for place in ("first", "last"))
+        attention.append([name, first, last, *_change(measured[name])])
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as unfinished:
@@ -91,12 +90,25 @@ def write_comparison(report: ComparisonReport, path: str | Path) -> Path:
                 "comparison.html",
                 report=report,
                 names=list(found),
-                numbers=[[row[0].name, *(each.value for each in row)] for row in zip(*found.values())],
+                numbers=[
+                    [row[0].name, *(each.value for each in row), *changes.get(row[0].name, ("", ""))]
+                    for row in zip(*found.values())
+                ],
                 attention=attention,
             ),
             encoding="utf-8",
         )
     return path
+
+
+def _change(found: Record) -> tuple[str, str]:
+    """Return a difference and its interval as text: percentage points of shares, else plain numbers."""
+    plain = found.get("name") in ("use of this attention", "position in the output")
+    words = [f"{value:+.2f}" if plain else f"{100 * value:+.1f} points" for value in
+             (found["difference"], *(found["interval"] or ()))]  # fmt: skip
+    if found.get("name") == "use of this attention":
+        words[0] += " heads per image"
+    return words[0], " to ".join(word.removesuffix(" points") for word in words[1:])
 
 
 # --- Charts
