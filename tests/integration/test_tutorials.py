@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from builders import encoded, image_table, mask_folder, noise, save_model, tiny_source
+from builders import encoded, image_table, json_lines, mask_folder, noise, save_model, tiny_source
 from hf_regvit import RegViTConfig, RegViTModel
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +48,18 @@ def workplace(tmp_path) -> Path:
         assert count == 1, option
     # One bad file in 49 is above the one percent that a real run tolerates.
     (tmp_path / "recipe.yaml").write_text(recipe + "max_bad_share: 0.05\n")
+    recipe = (ROOT / "examples" / "continue_dinov3_cpu.yaml").read_text()
+    shrink = {
+        "per_device_train_batch_size": 8, "head_num_prototypes": 64, "save_steps": 4, "knn_steps": 2,
+        "global_crop_size": 64, "local_crop_size": 32,
+    }  # fmt: skip
+    for option, value in shrink.items():
+        recipe, count = re.subn(rf"^{option}: .*$", f"{option}: {value}", recipe, flags=re.M)
+        assert count == 1, option
+    (tmp_path / "continue.yaml").write_text(recipe + "max_bad_share: 0.05\n")
+    geometry = {"num_register_tokens": 4, "patch_size": 16, "image_size": 64, "key_bias": False}
+    dinov3 = tiny_source("DINOv3ViTModel", **geometry)
+    save_model(dinov3, tmp_path / "dinov3")
     # Three classes of twelve small images, cut from three of the embedded ones.
     for name, photo in (("cats", "chelsea"), ("dogs", "coffee"), ("others", "rocket")):
         (tmp_path / "my_classes" / name).mkdir(parents=True)
@@ -77,6 +89,10 @@ def test_tutorial_runs(tutorial, workplace):
     if tutorial.stem == "train_on_your_own_images":
         check_run_folder(workplace / "runs" / "first", tutorial.read_text())
         assert "broken.jpg" in (workplace / "runs" / "first" / "bad_images.jsonl").read_text()
+    if tutorial.stem == "continue_dinov3_on_your_own_images":
+        lines = json_lines(workplace / "runs" / "lora" / "metrics.jsonl")
+        assert [line["step"] for line in lines if "eval_patch_agreement" in line] == [0, 2, 4, 6, 8]
+        assert list((workplace / "comparison").iterdir())
     if tutorial.stem == "fine_tune_on_your_own_folder":
         check_run_folder(workplace / "runs" / "full", tutorial.read_text())
 

@@ -517,3 +517,16 @@ def test_memory_is_stated_before_the_first_step_and_advice_follows_if_it_is_shor
     continued(tmp_path / "b", source, max_steps=1, mode="full")
     assert "Memory will probably run out. Try, in this order: --" in caplog.text
     assert "--mode lora or last_blocks (fewer moments of Adam)" in caplog.text
+
+
+def test_a_tower_without_cls_has_all_measurements_and_panels(tmp_path):
+    data = tinted_folder(tmp_path / "data", ("red", "blue"), train=6, validation=3)
+    tiny_source("SiglipVisionModel", image_size=16, patch_size=4, hidden_size=16).save_pretrained(tmp_path / "source")
+    options = {**FAST, "data": str(data), "init_from": str(tmp_path / "source"), "monitor_steps": 1, "knn_steps": 1}
+    pretrain(arguments(tmp_path / "run", panel_steps=1, linear_probe=True, **options))
+    (last,) = [
+        line for line in json_lines(tmp_path / "run" / "metrics.jsonl") if line.get("loss") and line["step"] == 2
+    ]
+    assert {"feature_std", "outlier_share", "register_cosine", "image_drift", "eval_linear"} <= last.keys()
+    assert "cls_to_register_attention" not in last
+    assert (tmp_path / "run" / "panels" / "step_000002.png").is_file()
