@@ -128,6 +128,7 @@ def arguments(job: dict, folder: Path, steps: int):
         recipe |= {"num_local_crops": 0, "mask_probability": 0.0}
     size = job["global_crop_size"]
     recipe |= {"patch_size": job["patch_size"], "global_crop_size": size, "local_crop_size": size // 2}
+    recipe["teacher_momentum"] = 0.97  # of both arms: the average of so few steps must be short
     recipe |= {"data": job["data"], "seed": job["seed"], "output_dir": str(folder), "max_steps": steps}
     recipe |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "dataloader_num_workers": 0}
     recipe |= {"monitor_steps": 0, "panel_steps": 0, "knn_steps": 0, "use_cpu": True}

@@ -128,6 +128,30 @@ def test_loss_of_a_batch_equals_loops_over_crops_and_teachers():
     assert outputs["loss"].item() == pytest.approx(sums["cls"] + sums["patch"], abs=1e-5)
 
 
+def test_standardized_targets_have_mean_0_and_variance_1_over_the_images():
+    network = feature_network(teachers=[frozen_teacher(), frozen_teacher(seed=8)])
+    pixels = builders.normal(40, 3, 16, 16)
+    before = network.teachers[1](pixels, (4, 4))
+    network.standardize(pixels)
+    for teacher, statistics in zip(network.teachers, network.statistics, strict=True):
+        for rows in statistics(*teacher(pixels, (4, 4))):
+            rows = rows.flatten(0, -2)
+            torch.testing.assert_close(rows.mean(dim=0), torch.zeros(24), atol=1e-4, rtol=0)
+            torch.testing.assert_close(rows.var(dim=0, correction=0), torch.ones(24), atol=1e-3, rtol=0)
+    scaled = network.statistics[1](*before)
+    for part, rows, (mean, spread) in zip(
+        scaled, before, (network.statistics[1].cls, network.statistics[1].patches), strict=True
+    ):
+        torch.testing.assert_close(part * spread + mean, rows, atol=1e-4, rtol=0)
+
+
+def test_a_channel_without_spread_is_not_scaled():
+    network = feature_network()
+    network.standardize(builders.normal(1, 3, 16, 16).expand(3, -1, -1, -1).contiguous())
+    targets = network.statistics[0](*network.teachers[0](builders.normal(1, 3, 16, 16), (4, 4)))
+    torch.testing.assert_close(targets[0], torch.zeros(1, 24), atol=1e-4, rtol=0)  # all images were this one
+
+
 def test_gradients_reach_the_whole_student_and_nothing_else():
     network = feature_network()
     network(**tiny_batch())["loss"].backward()
@@ -148,7 +172,9 @@ def test_a_student_learns_the_features(tmp_path):
 @pytest.mark.parametrize("resume_at", [2, 3])
 def test_resumed_run_repeats_the_unbroken_one_bit_for_bit(tmp_path, resume_at):
     run = {"save_strategy": "steps", "save_steps": resume_at, "gradient_accumulation_steps": 2, "dataset": Crops(12)}
-    whole = trained(tmp_path / "whole", network=feature_network(), **run)
+    network = feature_network()
+    network.standardize(builders.normal(8, 3, 16, 16))  # the checkpoint holds the statistics
+    whole = trained(tmp_path / "whole", network=network, **run)
     checkpoint = str(tmp_path / "whole" / f"checkpoint-{resume_at}")
     resumed = trained(tmp_path / "resumed", network=feature_network(seed=99), resume=checkpoint, **run)
     assert resumed.state.global_step == 6
@@ -170,11 +196,14 @@ def saved_teacher(folder, **fields):
 
 def test_the_complete_job_writes_a_student_that_auto_classes_load(tmp_path):
     teachers = [saved_teacher(tmp_path / "a"), saved_teacher(tmp_path / "b", seed=8)]
-    args = arguments(tmp_path / "run", teacher=teachers, num_local_crops=None, mask_probability=None)
+    saving = {"save_strategy": "steps", "save_steps": 6}
+    args = arguments(tmp_path / "run", teacher=teachers, num_local_crops=None, mask_probability=None, **saving)
     assert (args.num_local_crops, args.mask_probability) == (0, 0.0)
     student = pretrain(args, train_dataset=Crops())
     loaded = AutoModel.from_pretrained(tmp_path / "run" / "backbone")
     assert same_state(student.state_dict(), loaded.state_dict())
+    statistics = load_file(tmp_path / "run" / "checkpoint-6" / "model.safetensors")["statistics.0.patches"]
+    assert not torch.equal(statistics[1], torch.ones(24))
     training = load_file(tmp_path / "run" / "training" / "student.safetensors")
     assert {"cls_head.1.weight", "patch_head.0.bias"} <= training.keys()
     card = (tmp_path / "run" / "backbone" / "README.md").read_text()

@@ -5,7 +5,8 @@ E width of a teacher. Flattened crops are crop-major: crop 0 of all images first
 
 Source: Oquab et al., "DINOv2" (2023), section 5, for the recipe: no masking, no stochastic depth, and a moving average
 of the student as the result; Ranzinger et al., "AM-RADIO" (arXiv 2312.06709), for several teachers and for the mixture
-of cosine and smooth L1; Baevski et al., "data2vec" (arXiv 2202.03555), for targets that are normalized per token.
+of cosine and smooth L1; Baevski et al., "data2vec" (arXiv 2202.03555), for targets that are normalized per token;
+Sariyildiz et al., "UNIC" (arXiv 2408.05088), for targets whose channels are standardized over the data.
 """
 
 import copy
@@ -25,6 +26,9 @@ from .losses import feature_loss
 from .network import StudentAndTeacher
 
 Grid = tuple[int, int]
+
+STANDARDIZED_ON = 128  # training images that give the mean and spread of each channel of the targets
+_BATCH = 32  # images per forward pass
 
 
 class FrozenTeacher:
@@ -112,12 +116,44 @@ class FrozenTeacher:
         return total.hexdigest()
 
 
+class TargetStatistics(nn.Module):
+    """Mean and standard deviation of each channel of a teacher's targets over images, for CLS and for patches.
+
+    Most of a token is the same in all images. A student that reproduces this part alone already has a cosine above 0.6
+    but knows nothing about the images, so the targets are standardized. Until `measure` is called, they stay as they
+    are.
+
+    Args:
+        width: Number of channels E.
+    """
+
+    cls: Tensor
+    patches: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name in ("cls", "patches"):
+            self.register_buffer(name, torch.stack([torch.zeros(width), torch.ones(width)]))  # (2, E)
+
+    @torch.no_grad()
+    def measure(self, cls: Tensor, patches: Tensor) -> None:
+        """Set the statistics to those of targets `(n, E)` and `(n, N, E)`; channels without spread stay unscaled."""
+        for buffer, rows in ((self.cls, cls), (self.patches, patches.flatten(0, 1))):
+            spread = rows.std(dim=0, correction=0)
+            buffer.copy_(torch.stack([rows.mean(dim=0), torch.where(spread > 1e-3, spread, 1.0)]))
+
+    def forward(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Return standardized targets of the same shapes."""
+        return (cls - self.cls[0]) / self.cls[1], (patches - self.patches[0]) / self.patches[1]
+
+
 class FeatureDistillation(StudentAndTeacher):
     """Student, its moving average, and linear maps from its tokens to the features of frozen teachers.
 
     Children: `student` and `teacher`, each with `backbone`, `cls_head` and `patch_head`; a head has one linear layer
-    per frozen teacher. `teacher` is the moving average of the student, as in the other objective, and is exported. The
-    frozen teachers are no children: checkpoints do not hold them, and FSDP2 does not shard them.
+    per frozen teacher. `teacher` is the moving average of the student, as in the other objective, and is exported.
+    `statistics` are those of the targets. The frozen teachers are no children: checkpoints do not hold them, and FSDP2
+    does not shard them.
 
     Args:
         backbone: Student backbone with `config.use_mask_token=True`. It is not copied.
@@ -149,9 +185,18 @@ class FeatureDistillation(StudentAndTeacher):
         self.digests = [one.digest() for one in teachers]
         width, heads = backbone.config.hidden_size, [one.reader.description.hidden_size for one in teachers]
         cls_head, patch_head = (nn.ModuleList(nn.Linear(width, size) for size in heads) for _ in range(2))
+        self.statistics = nn.ModuleList(TargetStatistics(size) for size in heads)
         self.student = nn.ModuleDict({"backbone": backbone, "cls_head": cls_head, "patch_head": patch_head})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.train()
+
+    def standardize(self, pixels: Tensor) -> None:
+        """Measure the statistics of the targets on normalized pixels `(n, 3, S, S)`, and use them from now on."""
+        grid = self.student_backbone.embeddings.patch_embeddings.grid_of(pixels)
+        for teacher, statistics in zip(self.teachers, self.statistics, strict=True):
+            parts = [teacher(batch.to(teacher.reader.device), grid) for batch in pixels.split(_BATCH)]
+            cls, patches = (torch.cat(part) for part in zip(*parts, strict=True))
+            cast(TargetStatistics, statistics).measure(cls, patches)
 
     def forward(self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, **_: Tensor) -> dict[str, Tensor]:
         """Compute the losses of one micro-batch.
@@ -178,9 +223,9 @@ class FeatureDistillation(StudentAndTeacher):
         if len(local_crops):
             cls = torch.cat([cls, backbone(local_crops.flatten(0, 1)).last_hidden_state[:, 0]])
         terms: dict[str, Tensor] = {}
-        heads = zip(cast(nn.ModuleList, self.student["cls_head"]), cast(nn.ModuleList, self.student["patch_head"]))
-        for teacher, (cls_head, patch_head) in zip(self.teachers, heads, strict=True):
-            of_cls, of_patches = teacher(crops, grid)
+        heads = (cast(nn.ModuleList, self.student[name]) for name in ("cls_head", "patch_head"))
+        for teacher, statistics, cls_head, patch_head in zip(self.teachers, self.statistics, *heads, strict=True):
+            of_cls, of_patches = statistics(*teacher(crops, grid))
             mean = of_cls.unflatten(0, (num_global, batch)).mean(dim=0)
             of_cls = torch.cat([of_cls, mean.repeat(len(local_crops), 1)])
             found = {

@@ -197,8 +197,8 @@ def feature_loss(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         predictions: Predictions `(..., E)` of a student.
-        targets: Features `(..., E)` of the teacher with variance 1 over the channels, so that no token counts more
-            because its norm is large; without a gradient.
+        targets: Features `(..., E)` of the teacher, scaled so that no token counts more because its norm is large;
+            without a gradient.
 
     Returns:
         Scalars: `mean(0.9 * (1 - cosine) + 0.1 * smooth L1)`, where smooth L1 is the mean over the channels, and the

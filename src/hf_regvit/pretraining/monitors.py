@@ -183,11 +183,8 @@ def observers(
         start: Model that the run continues, if it does.
     """
     found: list[Observer] = []
-    small = default_image_processor(args.global_crop_size)
-    large = default_image_processor(args.panel_size or args.global_crop_size)
-    for processor in (small, large):
-        processor.image_mean = getattr(image_processor, "image_mean", processor.image_mean)
-        processor.image_std = getattr(image_processor, "image_std", processor.image_std)
+    small = _processor_like(image_processor, args.global_crop_size)
+    large = _processor_like(image_processor, args.panel_size or args.global_crop_size)
     # Only one image is decoded at a time: 64 images of 12 megapixels would take two gigabytes.
     looks = [(_cropped(one, small), _cropped(one, large)) for one in _training_images(dataset, 64)]
     if len(looks) < 2:
@@ -206,6 +203,20 @@ def observers(
     if args.knn_steps and (knn := _knn(args, dataset, image_processor)) is not None:
         found.append(knn)
     return found
+
+
+def _processor_like(image_processor: Any, size: int) -> Any:
+    """Return the default image processor for a size, with the statistics of another one."""
+    processor = default_image_processor(size)
+    processor.image_mean = getattr(image_processor, "image_mean", processor.image_mean)
+    processor.image_std = getattr(image_processor, "image_std", processor.image_std)
+    return processor
+
+
+def sample_pixels(dataset: Any, wanted: int, *, image_processor: Any, size: int) -> Tensor:
+    """Return normalized pixels `(n, 3, size, size)` of up to `wanted` training images; see `observers`."""
+    processor = _processor_like(image_processor, size)
+    return _normalized([_cropped(one, processor) for one in _training_images(dataset, wanted)], processor)
 
 
 def _masked_parts(

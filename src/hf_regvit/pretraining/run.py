@@ -53,8 +53,8 @@ from .comparison import BestTeacher
 from .continuation import ADAPTER, choose_trained, write_adapter
 from .crops import DinoCollator, MultiCropDataset, MultiCropStream
 from .distillation import HeadShape, SelfDistillation
-from .feature_distillation import FeatureDistillation, FrozenTeacher
-from .monitors import OnlineKNN, observers
+from .feature_distillation import STANDARDIZED_ON, FeatureDistillation, FrozenTeacher
+from .monitors import OnlineKNN, observers, sample_pixels
 from .network import StudentAndTeacher
 from .starting_point import StartingPoint, restore_training, starting_point
 from .trainer import EXPORTED, DinoTrainer
@@ -140,6 +140,9 @@ def _build_trainer(
             f"max_steps is {args.max_steps}, but a stream has no length, so epochs cannot end the run. Set "
             "--max_steps to at least 1."
         )
+    if isinstance(network, FeatureDistillation):
+        sample = {"image_processor": image_processor, "size": args.global_crop_size}
+        network.standardize(sample_pixels(train_dataset, STANDARDIZED_ON, **sample))
     if data_collator is None:
         data_collator = _build_collator(args, config, args.global_crop_size, image_processor)
     high_resolution = _enlarged(args, config, train_dataset, image_processor) if args.high_resolution_steps else None
