@@ -74,7 +74,8 @@ format: $(VENV)/installed-dev ## format the code
 
 # The page in the documentation needs a model, trained here in two minutes, and npm, which downloads its runtime.
 .cache/docs_page: | $(VENV)/installed-dev
-	$(BIN)/regvit pretrain --config examples/photos_cpu.yaml --hidden_size 96 --max_steps 200 --output_dir .cache/docs_run
+	$(BIN)/regvit pretrain --config examples/photos_cpu.yaml --hidden_size 96 --max_steps 200 \
+	    --resume_from_checkpoint last --output_dir .cache/docs_run
 	$(BIN)/regvit export --model .cache/docs_run --format web --size 160 --output_dir $@
 
 docs: $(VENV)/installed-dev ## build the documentation in site/ (warnings are errors; with npm, it shows an exported model)

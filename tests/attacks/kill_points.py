@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
+from hf_regvit.hub.export import export
+from hf_regvit.hub.exported import ExportError, check
 from hf_regvit.hub.publish import publish
 from hf_regvit.models.conversion import convert_to_folder
 from hf_regvit.models.manifest import verify_checkpoint
@@ -106,6 +108,20 @@ def publishing(folder: Path) -> None:
         publish(source, output_dir=folder / "bundle", card={"license": "mit", "data": "images"})
 
 
+def exporting(folder: Path) -> None:
+    """An ONNX file of a model from a folder beside; the next command finds a whole folder, and leaves it alone."""
+    source = folder.parent / "source"
+    if not source.exists():
+        builders.save_model(builders.tiny_model(), source)
+    try:
+        export(source, folder / "files", format="onnx")
+    except ExportError as error:
+        if "is not an empty folder" not in str(error) or not all(row[-1] for row in check(folder / "files")):
+            raise
+        with whole_folder(folder):  # removes what the kill has left
+            pass
+
+
 def replacing(folder: Path) -> None:
     """A result is written over another one, with weights in one file instead of two."""
     for number, names in enumerate((("model-1.safetensors", "model-2.safetensors"), ("model.safetensors",))):
@@ -118,7 +134,7 @@ def replacing(folder: Path) -> None:
             write_json(staged / "config.json", {"number": number})
 
 
-WRITERS = {one.__name__: one for one in (pretraining, finetuning, conversion, publishing, replacing)}
+WRITERS = {one.__name__: one for one in (pretraining, finetuning, conversion, publishing, exporting, replacing)}
 
 
 def faults(writer: str, folder: Path, unbroken: Path) -> list[str]:

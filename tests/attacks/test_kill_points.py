@@ -11,8 +11,9 @@ import pytest
 pytestmark = pytest.mark.attacks
 
 HERE = Path(__file__).parent
-# 45 points of pretraining and 15 of every other writer: before the first change on the disk, the last, and between.
-POINTS = {"pretraining": 45, "finetuning": 15, "conversion": 15, "publishing": 15, "replacing": 15}
+# 45 points of pretraining, 6 of the slow export and 15 of every other writer: before the first change on the disk, the
+# last, and between.
+POINTS = {"pretraining": 45, "finetuning": 15, "conversion": 15, "publishing": 15, "exporting": 6, "replacing": 15}
 
 
 @pytest.mark.parametrize("writer", POINTS)
