@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 from transformers import (
     CLIPModel,
     CLIPVisionConfig,
@@ -200,6 +201,33 @@ def test_controls_replace_registers_in_place_as_those_of_a_regvit():
     for kind in ("mean", "shuffle", "noise", "zero"):
         assert found[kind]["patch_cosine"] == pytest.approx(expected[kind]["patch_cosine"], abs=1e-4)
     assert found["zero"]["patch_cosine"] < 0.9999
+
+
+@pytest.mark.parametrize(
+    ("version", "prefix"), [("vit_large_patch16_radio_v3", 8), ("vit_so400m_patch16_radio_v4", 10)]
+)
+def test_radio_of_timm_is_repaired_in_place(version, prefix):
+    torch.manual_seed(0)
+    sizes = {"img_size": 96, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3, "num_classes": 0}
+    model, seen = timm.create_model(version, mlp_ratio=2, **sizes).eval(), sample(64, seed=0)
+    plant_neuron(model, seen)
+    assert TokenReader(model).description.num_prefix_tokens == prefix
+    before = TokenReader(model).read(seen.pixels, layers=(3,)).patches().norm(dim=-1)
+    found = find_register_neurons(model, seen.images, processor=PROCESSOR)
+    assert found.best(1) == [[2, 37]]
+    repair_in_place(model, found.best(1))
+    after = TokenReader(model).read(seen.pixels, layers=(3,))
+    assert after.num_register_tokens == prefix
+    assert (before > found.cutoff).sum() == seen.cells[0].sum()
+    assert not (after.patches().norm(dim=-1) > found.cutoff).any()
+
+
+def test_families_that_cannot_be_read_say_why():
+    for name, reason in (("Radio", "can be read from timm's"), ("Beit", "a bias to its attention")):
+        kind = getattr(transformers, f"{name}Model")
+        model = kind(kind.config_class(**SIZES, **({"max_img_size": 96} if name == "Radio" else {})))
+        with pytest.raises(ValueError, match=f"'{name.lower()}' is not in the family table.*{reason}"):
+            repair_in_place(model, NEURONS)
 
 
 def test_what_cannot_be_repaired_in_place_says_why():

@@ -11,6 +11,7 @@ import oracles
 from hf_regvit import open_model
 from hf_regvit.models.processing import IMAGENET_MEAN, IMAGENET_STD, UnknownProcessorError
 from hf_regvit.pretraining.arguments import PretrainingArguments
+from hf_regvit.pretraining.continuation import memory_of_step
 from hf_regvit.pretraining.feature_distillation import FrozenTeacher
 from hf_regvit.pretraining.losses import feature_loss
 from hf_regvit.pretraining.run import pretrain
@@ -159,6 +160,13 @@ def test_gradients_reach_the_whole_student_and_nothing_else():
     assert not any(parameter.requires_grad for parameter in network.teacher.parameters())
     assert not any(parameter.requires_grad for parameter in network.teachers[0].reader.model.parameters())
     assert not any("reader" in name for name in network.state_dict())
+
+
+def test_the_memory_of_a_run_includes_the_frozen_teachers(tmp_path):
+    network = feature_network()
+    held = sum(tensor.nbytes for tensor in network.state_dict().values())
+    frozen = sum(tensor.nbytes for tensor in network.teachers[0].reader.model.state_dict().values())
+    assert memory_of_step(network, arguments(tmp_path))["weights"] == held + frozen
 
 
 def test_a_student_learns_the_features(tmp_path):

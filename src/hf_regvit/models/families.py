@@ -81,9 +81,12 @@ def find_tower(model: nn.Module) -> tuple[nn.Module, str]:
 
 def unknown_family(kind: str) -> ValueError:
     """Create the error for a model whose kind is not in the family table."""
+    reasons = {"radio": "C-RADIO can be read from timm's vit_*_radio_v3 and vit_*_radio_v4"}
+    reasons |= dict.fromkeys(("beit", "Beit"), "BEiT adds a bias to its attention for every pair of positions")
+    reason = reasons.get(kind, "models with windows, stages or convolutions have no global patch tokens to read")
     return ValueError(
         f"model_type '{kind}' is not in the family table ({', '.join(FAMILIES)}). Use a plain vision transformer of "
-        "one of these families; models with windows, stages or convolutions have no global patch tokens to read."
+        f"one of these families; {reason}."
     )
 
 

@@ -64,7 +64,7 @@ def memory_of_step(network: StudentAndTeacher, args: PretrainingArguments) -> di
     kept = blocks + kept if backbone.is_gradient_checkpointing else blocks * kept
     numbers = args.per_device_train_batch_size * tokens * config.hidden_size * kept
     return {
-        "weights": num_bytes(network.state_dict().values()),
+        "weights": num_bytes([*network.state_dict().values(), *network.frozen_tensors()]),
         "gradients and optimizer": 3 * num_bytes(one for one in network.parameters() if one.requires_grad),
         "activations": int(numbers * 4 * (0.55 if args.bf16 or args.fp16 else 1)),
     }

@@ -190,6 +190,10 @@ class FeatureDistillation(StudentAndTeacher):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.train()
 
+    def frozen_tensors(self) -> list[Tensor]:
+        """Return the weights of the frozen teachers."""
+        return [tensor for teacher in self.teachers for tensor in teacher.reader.model.state_dict().values()]
+
     def standardize(self, pixels: Tensor) -> None:
         """Measure the statistics of the targets on normalized pixels `(n, 3, S, S)`, and use them from now on."""
         grid = self.student_backbone.embeddings.patch_embeddings.grid_of(pixels)

@@ -112,6 +112,10 @@ class StudentAndTeacher(nn.Module):
             for layer in [] if backbone is None else backbone.layers:
                 layer.compile(**options)
 
+    def frozen_tensors(self) -> list[Tensor]:
+        """Return the tensors that a step reads but that checkpoints do not hold."""
+        return []
+
     def begin_step(self, teacher_temperature: float) -> None:
         """Prepare an optimizer step; called once before its first forward pass."""
 
