@@ -157,6 +157,30 @@ def test_a_network_for_the_page_has_the_norms_and_the_attention_of_the_last_bloc
         NamedOutputs(tiny_model(use_cls_token=False, num_register_tokens=0), None, for_page=True)
 
 
+def test_a_network_computes_the_same_in_the_steps_of_onnxruntime_and_only_for_a_while():
+    for fields in (NEURONS, {"use_cls_token": False, "attention_pooler": True}, {"key_bias": False}):
+        network, images = NamedOutputs(randomized(tiny_model(**fields)), None), pixels(3, 32, 32)
+        before = network.ask(images)
+        with network.for_onnxruntime():
+            assert network.model.config._attn_implementation == "eager"
+            torch.testing.assert_close(network.ask(images), before, atol=1e-5, rtol=1e-5)
+        assert network.model.config._attn_implementation == "sdpa"
+        assert not [module for module in network.modules() if "forward" in vars(module)]
+        assert all(torch.equal(values, before[name]) for name, values in network.ask(images).items())
+
+
+def test_an_onnx_file_adds_biases_within_products_and_does_not_copy_keys(folder):
+    import onnx
+
+    nodes = onnx.load(folder / "onnx" / "model.onnx").graph.node
+    count = {kind: sum(node.op_type == kind for node in nodes) for kind in ("MatMul", "Gemm", "Softmax")}
+    assert count == {"MatMul": 2 * 2, "Gemm": 2 * 4 + 1, "Softmax": 2}  # two blocks and the classifier
+    makers = {name: node for node in nodes for name in node.output}
+    scores = [node for node in nodes if node.op_type == "MatMul" and "Softmax" not in makers[node.input[0]].op_type]
+    keys = [makers[node.input[1]] for node in scores]
+    assert [node.op_type for node in keys] == ["Transpose"] * 2  # which ONNX Runtime makes a part of the product
+
+
 def test_a_task_takes_the_backbone_of_a_model_with_a_head():
     model = randomized(tiny_model(RegViTForImageClassification, num_labels=5))
     images = pixels(1, 32, 32)

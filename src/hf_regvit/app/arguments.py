@@ -332,7 +332,7 @@ class PublishArguments:
     )
     max_shard_size: str = option("5GB", "Maximum size of a weights file; larger weights are split.")
     exported: str | None = option(
-        None, "Folder that `regvit export` wrote from this model; its ONNX and OpenVINO files are included."
+        None, "Folder that `regvit export` wrote from this model; its ONNX and OpenVINO files and page are included."
     )
     revision: str | None = option(None, "Branch of the repository. Default: main.")
     commit_message: str | None = option(None, "Message of the commit.")

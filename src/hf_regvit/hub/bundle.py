@@ -110,7 +110,8 @@ def bundle(
         card: Fields of `CardFacts` that the files do not contain, such as `license`.
         example_pictures: Whether to include the example figures of a diagnosis, which show images of the data set.
         max_shard_size: Maximum size of a weights file; larger weights are split.
-        exported: Folder that `regvit export` wrote from this checkpoint; its ONNX and OpenVINO files are added.
+        exported: Folder that `regvit export` wrote from this checkpoint; its ONNX and OpenVINO files and its page are
+            added.
 
     Raises:
         CheckpointError: The checkpoint is not a RegViT or has no processor, or a report is invalid.
