@@ -5,14 +5,16 @@
 
 Every setting runs once on every image, and both directions share the results. In the combined score, every image
 counts once, with the settings selected on the other half. 288 settings take about one second per image of 480 x 360
-pixels on one core. `--image_size` and `--views` read the features as `regvit evaluate --dense_settings` does.
+pixels on one core. `--chosen_by OUTPUT` instead tests this model with the settings that an earlier run chose for
+another one, each on the half that was not used to choose. `--image_size` and `--views` read the features as
+`regvit evaluate --dense_settings` does.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,8 +23,8 @@ import torch
 
 from hf_regvit import FeatureSettings
 from hf_regvit.data.loading import load_images
-from hf_regvit.evaluation.intervals import bootstrap_interval
-from hf_regvit.evaluation.lost import AttentionSettings, Method
+from hf_regvit.evaluation.intervals import bootstrap_interval, paired_difference
+from hf_regvit.evaluation.lost import AttentionSettings, LostSettings, Method
 from hf_regvit.evaluation.object_discovery import (
     Overlaps,
     choose,
@@ -93,14 +95,35 @@ def show(name: str, table: Overlaps, result: dict) -> None:
         print(f"  {key:11} {percent(score['corloc'], score['interval'])}   {ahead}")
 
 
+def parsed(text: str) -> LostSettings:
+    """Return the settings that `str` has written."""
+    values = dict(part.split("=") for part in text.split())
+    kinds = {"layer": int, "k": int, "bias": float, "l2norm": lambda value: value == "True"}
+    return LostSettings(**{name: kinds.get(name, str)(value) for name, value in values.items()})
+
+
+def score_chosen(table: dict, measure: Callable[[list[int], LostSettings], Overlaps], seed: int) -> None:
+    """Print the CorLoc with the settings chosen for another model, and the difference from that model."""
+    before, after = [], []
+    for direction in table["directions"]:
+        found = measure(direction["images"], parsed(direction["choice"]["best"][0]["settings"]))
+        before += [float(overlap >= 0.5) for overlap in direction["scores"]["lost"]["overlaps"]]
+        after += (found.iou[:, 0] >= 0.5).astype(float).tolist()
+    hits = np.array(after)[:, None]
+    difference, interval = paired_difference(np.array(before)[:, None], hits, seed=seed)
+    ahead = percent(difference, interval)
+    print(f"{len(after)} images: {percent(hits.mean(), bootstrap_interval(hits, seed=seed))}, difference {ahead}")
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", nargs="+", required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, help="JSON file; needed without --chosen_by")
     parser.add_argument("--max_images", type=int)
     parser.add_argument("--image_size", type=int, help="shorter side; default: the images' own size")
     parser.add_argument("--views", type=int, default=1)
+    parser.add_argument("--chosen_by", type=Path, help="output of a run for another model, whose settings are tested")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     reader = open_model(args.model)
@@ -115,6 +138,15 @@ def main(argv: Sequence[str]) -> int:
             drawn = np.random.default_rng(args.seed).permutation(len(source))[: args.max_images]
             source = source.subset(sorted(drawn.tolist()))
         source, truth, _ = images_with_boxes(source, ground_truth_boxes(source))
+        if args.chosen_by:
+            known = json.loads(args.chosen_by.read_text(encoding="utf-8"))["data"][name]
+
+            def measure(images: list[int], chosen: LostSettings) -> Overlaps:
+                part = source.subset(images)  # noqa: B023
+                return measure_overlaps(reader, part, [truth[i] for i in images], [chosen], dense=dense)  # noqa: B023
+
+            score_chosen(known, measure, args.seed)
+            continue
         started = time.perf_counter()
         table = measure_overlaps(reader, source, truth, methods, dense=dense, label=name)
         result = both_directions(table, args.seed)
@@ -122,6 +154,8 @@ def main(argv: Sequence[str]) -> int:
         result["all_settings"] = {str(m): float(c) for m, c in zip(methods, table.corloc())}
         show(name, table, result)
         results["data"][name] = result
+    if args.chosen_by:
+        return 0
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
