@@ -182,12 +182,12 @@ def test_merged_updates_equal_the_adapter_that_peft_loads(family, tmp_path):
     if not base.config.num_register_tokens:
         assert "base.resize_register_tokens(4)" in (tmp_path / "run" / "adapter" / "README.md").read_text()
         base.resize_register_tokens(4)
-    pixels = torch.randn(2, 3, 16, 16)
+    pixels = normal(2, 3, 16, 16, dtype=torch.float64)  # the weights are those of float32, the sums are exact
     with torch.no_grad():
-        before = base.eval()(pixels, output_hidden_states=True)
-        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+        before = base.eval().double()(pixels, output_hidden_states=True)
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval().double()
         unmerged = loaded(pixels, output_hidden_states=True).hidden_states[-1]
-        merged = result(pixels, output_hidden_states=True).hidden_states[-1]
+        merged = result.double()(pixels, output_hidden_states=True).hidden_states[-1]
     assert (unmerged - before.hidden_states[-1]).abs().max() > 1e-3
     assert (unmerged - merged).abs().max() < 1e-5
     files = {path.name for path in (tmp_path / "run" / "adapter").iterdir()}
