@@ -276,7 +276,10 @@ def _build_network(
     if args.teacher:
         options = {"image_size": args.teacher_image_size, "device": args.device, **_statistics(processor)}
         teachers = [FrozenTeacher(name, **options) for name in args.teacher]
-        logger.info("The student learns %s.", " and ".join(map(str, teachers)))
+        logger.info(
+            "The student learns %s. The heads, losses and targets of DINOv2 are not used.",
+            " and ".join(map(str, teachers)),
+        )
         weights = {"cls_weight": args.teacher_cls_weight, "patch_weight": args.teacher_patch_weight}
         return FeatureDistillation(backbone, teachers, **weights, lora_scale=lora_scale)
     shape = HeadShape(args.head_num_prototypes, args.head_hidden_size, args.head_bottleneck_size, args.head_num_layers)
