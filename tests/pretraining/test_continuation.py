@@ -495,7 +495,7 @@ def test_the_memory_that_is_stated_is_that_of_the_tensors(mode, fields, tmp_path
         backbone = choose_trained(RegViTModel(config), args, new_registers=False)
         network = SelfDistillation(backbone, dino_head=SHAPE, lora_scale=2.0 if mode == "lora" else None)
         if checkpointing:
-            network.activation_checkpointing_enable()
+            network.gradient_checkpointing_enable()
         total, loss = kept_for_backward(network, batch)
         counted.append(total)
         stated.append(memory_of_step(network, args))
