@@ -111,6 +111,7 @@ def _convert(arguments: Any) -> Outcome:
 def _diagnose(arguments: Any) -> Outcome:
     from ..diagnosis.comparison import compare_checkpoints
     from ..diagnosis.diagnose import diagnose
+    from ..diagnosis.findings import next_step
     from ..figures.diagnosis_page import write_comparison, write_report
     from ..figures.maps import write_report_figures
 
@@ -125,15 +126,15 @@ def _diagnose(arguments: Any) -> Outcome:
         reports = outcome.folders()
     with keeping(outcome.summary):
         path = outcome.save(arguments.output_dir)
-        for folder, report in reports.items():
-            write_report(report, f"{arguments.output_dir}/{folder}/report.html")
+        for model, (folder, report) in zip(arguments.model, reports.items()):
+            write_report(report, f"{arguments.output_dir}/{folder}/report.html", model=model, data=arguments.data)
             write_report_figures(report, f"{arguments.output_dir}/{folder}/figures")
         if len(reports) > 1:
             write_comparison(outcome, f"{arguments.output_dir}/comparison.html")
-    repair: tuple[str, ...] = ()
-    if len(reports) == 1 and outcome.bimodal:
-        repair = ("retrofit", "--model", arguments.model[0], "--data", arguments.data, "--output_dir", "repaired")
-    return Outcome(outcome.to_dict(), outcome.summary(), {"report": path}, following=repair)
+    single = len(reports) == 1
+    following = next_step(outcome, model=arguments.model[0], data=arguments.data)[1] if single else ()
+    lines = {"report": path, "page": f"{arguments.output_dir}/{'report' if single else 'comparison'}.html"}
+    return Outcome(outcome.to_dict(), outcome.summary(), lines, following=following)
 
 
 def _retrofit(arguments: Any) -> Outcome:
