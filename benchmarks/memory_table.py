@@ -3,9 +3,9 @@
     python benchmarks/memory_table.py
     python benchmarks/memory_table.py --presets small --batches 64 --gradient_checkpointing
 
-The numbers are those that `regvit pretrain` logs before its first step: weights of student, teacher and heads, gradients
-and moments of Adam, and an estimate of the activations. Workspace of the libraries and fragmentation come on top: leave
-a fifth free. The crops are those of the recipe (2 of 224 and 8 of 96 or 98 pixels). Nothing is measured.
+The numbers are those that `regvit pretrain` logs before its first step: weights of student, teacher and heads,
+gradients and moments of Adam, and an estimate of the activations. Workspace of the libraries and fragmentation come on
+top: leave a fifth free. The crops are those of the recipe (2 of 224 and 8 of 96 or 98 pixels). Nothing is measured.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--head_num_prototypes", type=int, default=65536)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     args = parser.parse_args()
-    print("| preset | precision | batch | weights | gradients, Adam | activations | sum, GiB |\n|---|---|---|---|---|---|---|")
+    print(f"| preset | precision | batch | weights | gradients, Adam | activations | sum, GiB |\n{'|---' * 7}|")
     for preset in args.presets:
         for bf16 in (False, True):
             for batch in args.batches:
