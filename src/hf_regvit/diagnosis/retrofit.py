@@ -325,11 +325,8 @@ def retrofit(
     native = [round((first.shape[-2] * first.shape[-1]) ** 0.5)] * (not judged["after"]["layers_with_outliers"])
     made.config.register_sizes = sorted({*native, *(size["image_size"] for size in sizes if size["proved"])}) or None
     watch.lap("test")
-    name = description.name
-    if isinstance(model, str | Path):  # a whole Hub id, so that a card can link it
-        name = Path(model).name if Path(model).is_file() else short_names([model])[0]
     measured = {"tried": tried, "judged": judged, "sizes": sizes, "settings": settings, "seconds": watch.seconds}
-    report = _report(name, search, made, parts, measured)
+    report = _report(model, search, made, parts, measured)
     result = RetrofitResult(made, source, report, first[:EXAMPLES], transform)
     if output_dir is not None:
         result.save(output_dir)
@@ -337,9 +334,12 @@ def retrofit(
 
 
 def _report(
-    name: str, search: "_Search", made: Any, parts: dict[str, NDArray[np.bool_]], measured: Record
+    model: object, search: "_Search", made: Any, parts: dict[str, NDArray[np.bool_]], measured: Record
 ) -> RetrofitReport:
     description, neurons = search.reader.description, search.populations[0].neurons
+    name = description.name
+    if isinstance(model, str | Path):  # a whole Hub id, so that a card can link it
+        name = Path(model).name if Path(model).is_file() else short_names([model])[0]
     return RetrofitReport(
         model={
             "name": name,
