@@ -108,7 +108,7 @@ class OptionParser(argparse.ArgumentParser):
         if option["choices"]:
             how["choices"] = option["choices"]
         parser.add_argument(*flags, help=help_text.replace("%", "%%"), **how)
-        if default is True:
+        if option["type"] == "bool" and default is not False:
             name = f"no_{option['name']}"
             parser.add_argument(*_spellings(name), dest=option["name"], action="store_false", help=argparse.SUPPRESS)
 

@@ -209,3 +209,30 @@ def torchvision_view(image: Image.Image, parameters: ViewParameters, size: int, 
     if parameters.sigma is not None:
         view = TF.gaussian_blur(view, [kernel_size, kernel_size], [parameters.sigma, parameters.sigma])
     return TF.solarize(view, 128) if parameters.solarize else view
+
+
+def contrastive_logits(
+    images: torch.Tensor, texts: torch.Tensor, scale: float, bias: float = 0.0
+) -> list[list[float]]:
+    """Compute scale times the dot product plus bias of each image (row) with each text (column)."""
+    return [
+        [scale * sum(x * y for x, y in zip(image, text, strict=True)) + bias for text in texts.tolist()]
+        for image in images.tolist()
+    ]
+
+
+def image_text_softmax_loss(images: torch.Tensor, texts: torch.Tensor, scale: float) -> float:
+    """Compute the cross-entropy of the own text of each image and of the own image of each text, averaged."""
+    rows = contrastive_logits(images, texts, scale)
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    losses = [-math.log(softmax(line)[own]) for lines in (rows, columns) for own, line in enumerate(lines)]
+    return sum(losses) / len(losses)
+
+
+def image_text_sigmoid_loss(images: torch.Tensor, texts: torch.Tensor, scale: float, bias: float) -> float:
+    """Compute the binary cross-entropy of every pair, summed over all pairs and divided by the number of images."""
+    total = 0.0
+    for i, row in enumerate(contrastive_logits(images, texts, scale, bias)):
+        for j, logit in enumerate(row):
+            total += math.log(1 + math.exp(-logit if i == j else logit))
+    return total / len(images)

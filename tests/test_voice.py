@@ -29,10 +29,10 @@ NO_OPENINGS = {
 NO_DESCRIPTIONS = NO_OPENINGS - {"one"}
 
 # The words that this project uses instead: image; test images or held-out images; clean process; "at random".
-# "photos" is the name of the built-in set.
+# "photos" is the name of the built-in set, and "a photo of a {}" is the template of CLIP.
 NO_WORDS = "|".join(
     (
-        r"pictur(?:e|es|ed|ing)|photo(?:graph|graphs|graphed|graphic)?|strangers?|by\s+lot",
+        r"pictur(?:e|es|ed|ing)|photo(?:graph|graphs|graphed|graphic)?(?!\s+of\s+a\s+\{)|strangers?|by\s+lot",
         r"judg(?:e|es|ed|ing)|judge?ments?",
     )
 )

@@ -67,6 +67,9 @@ def test_attention_is_relocated_not_removed(compared, tmp_path):
     assert "95 % interval" in page
     assert f"{changes['position in the output']['difference']:+.2f}" in page
     assert "heads per image" in page
+    assert page.count("norm, first model") == page.count("norm, last model") == 2 * len(first.examples) > 0
+    for folder in compared.folders():
+        assert f'href="{folder}/report.html"' in page
     assert json.loads(compared.save(tmp_path).read_text())["attention"] == compared.attention
 
 
@@ -90,14 +93,21 @@ def test_the_next_step_is_the_first_that_applies(compared):
     first, last = compared.reports.values()
     spurious = {**first.spurious, "flagged": 5, "both": 0}
     clean = {"bimodal": False, "emergence_layer": None}
-    assert "before the first block" in next_step(replace(first, emergence_layer=0))
-    assert "run regvit retrofit" in next_step(first)
-    assert "although it has registers" in next_step(replace(last, bimodal=True))
-    assert "cannot move them" in next_step(replace(first, spurious=spurious, **clean))
+
+    def step(report):
+        sentence, command = next_step(report, model="m", data="photos")
+        return f"{sentence} {' '.join(command)}"
+
+    assert "before the first block" in step(replace(first, emergence_layer=0))
+    assert step(first).endswith("that you use. retrofit --model m --data photos --output_dir repaired")
+    assert "although it has registers" in step(replace(last, bimodal=True))
+    assert "cannot move them" in step(replace(first, spurious=spurious, **clean))
     position = {**first.position, "final": 0.4}
     quiet = replace(first, sinks=None, spurious={**spurious, "both": 5}, **clean)
-    assert "Remove it for matching" in next_step(replace(quiet, position=position))
-    assert next_step(replace(quiet, position={**position, "final": 0.1})).startswith("Use the model as it is. Tested:")
+    assert step(replace(quiet, position=position)).endswith("a fixed layout. demo --model m")
+    usable = step(replace(quiet, position={**position, "final": 0.1}))
+    assert usable.startswith("Use the model as it is. Tested:")
+    assert usable.endswith("extract --model m --data photos --output_dir features")
 
 
 def test_reports_of_earlier_versions_load_and_have_a_page(compared, tmp_path):

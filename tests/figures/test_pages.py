@@ -1,5 +1,6 @@
 """Templates, charts and the report page as text; the browser tests look at the rendered pages."""
 
+import csv
 import re
 from dataclasses import replace
 
@@ -10,7 +11,8 @@ from PIL import Image
 from builders import with_outliers
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.diagnosis.diagnose import diagnose
-from hf_regvit.figures.diagnosis_page import report_page
+from hf_regvit.figures.diagnosis_page import report_page, write_report
+from hf_regvit.figures.maps import distinct_registers
 from hf_regvit.figures.pages import cell_text, chart, data_url, render
 from hf_regvit.models.processing import default_image_processor
 
@@ -97,7 +99,7 @@ def test_the_report_page_says_what_the_report_says(report):
     page = report_page(changed)
     assert page.startswith("<!doctype html>")
     assert "<script>alert" not in page
-    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 2  # title and heading
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 3  # title, heading, table
     for text in (
         "few &lt;b&gt;images&lt;/b&gt;", "bad&lt;1&gt;.png", "broken &amp; gone", "<th>top 1</th>", "<td>0.5</td>",
         "register 2 attention", "Controls: registers replaced", f"{report.outlier_share:.2%}",
@@ -107,14 +109,37 @@ def test_the_report_page_says_what_the_report_says(report):
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
         "Norms by block", "Attention sinks", "Position", "Example images", "Positions of the outliers",
-        "Properties of the outliers", "Registers", "Information in single tokens", "Method",
+        "Properties of the outliers", "Registers", "Information in single tokens", "Appendix: decision and settings",
     ]  # fmt: skip
     assert re.findall(r'class="layer chart" data-layer="(\d)"', page) == ["0", "1", "2", "3"]
     assert page.count(" hidden>") == 3
-    assert page.count("class=outlier") == sum(example["num_outliers"] for example in report.examples) > 0
+    framed = sum(example["num_outliers"] for example in report.examples)
+    assert page.count("class=outlier") == 2 * framed > 0  # on the image and on its norms
+    assert [page.count(f"<h3>{example['id']}</h3>") for example in report.examples] == [1] * len(report.examples)
+    assert "<code>regvit retrofit --model MODEL --data IMAGES --output_dir repaired</code>" in page
+    assert "layer" not in re.sub(r"<style>.*?</style>|<script>.*?</script>|<[^>]*>", "", page, flags=re.DOTALL)
     assert all(source.startswith("data:image/") for source in re.findall(r'src="([^"]*)', page))
     assert "http" not in page
     assert page == report_page(changed)
+
+
+def test_the_numbers_of_every_block_are_a_file_beside_the_page(report, tmp_path):
+    page = write_report(report, tmp_path / "new" / "report.html", model="my model", data="photos").read_text()
+    assert "regvit retrofit --model &#39;my model&#39; --data photos" in page
+    found = list(csv.DictReader((tmp_path / "new" / "blocks.csv").open()))
+    assert [row["block"] for row in found] == ["0", "1", "2", "3"]
+    assert [float(row["cut-off"]) for row in found] == [record["cutoff"] for record in report.layers]
+    assert [row["two modes"] for row in found] == [str(record["bimodal"]) for record in report.layers]
+
+
+def test_equal_registers_are_one_map():
+    rows = torch.rand(5, 2, 3, generator=torch.Generator().manual_seed(0))
+    rows[2] = rows[1] * (1 + 1e-5)
+    rows[3] = rows[1]
+    names, maps = zip(*distinct_registers(rows))
+    assert names == ("register 1", "registers 2 to 4", "register 5")
+    assert torch.equal(torch.stack(maps), rows[[0, 1, 4]])
+    assert distinct_registers(rows[:0]) == []
 
 
 def test_a_report_without_outliers_cls_and_examples_has_a_page(report):
@@ -126,7 +151,8 @@ def test_a_report_without_outliers_cls_and_examples_has_a_page(report):
     page = report_page(bare)
     for text in (
         "No patch token lies above the cut-off.", "The report contains no example images.",
-        "There are no outliers to compare with the other patches.", "<b>-</b>",
+        "There are no outliers to compare with the other patches.", "no distinct outliers",
+        '<td data-name="from block">-</td>',
     ):  # fmt: skip
         assert text in page
     assert "CLS in the last block" not in page

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -164,6 +165,44 @@ def test_streams_give_the_same_shards(pictures, tmp_path):
         extract_to_folder(MODEL, table.to_iterable_dataset().take(10), tmp_path / "stream", settings=SETTINGS)
 
 
+@pytest.mark.parametrize("patches", [None, True])
+def test_tables_are_read_by_pandas_and_datasets(pictures, tmp_path, patches):
+    from datasets import load_dataset
+
+    settings = ExtractionSettings(format="parquet", patches=patches, batch_size=3, shard_size=5)
+    images = [*sorted(pictures.iterdir()), *[pictures / "006.png"] * 8]  # two shards have no readable image
+    images = [pictures / "013.png"] * 5 + images
+    report = extract_to_folder(MODEL, images, tmp_path, settings=settings, progress=False)
+    assert (report.num_images, report.num_skipped, report.num_shards) == (19, 16, 7)
+    expected = extract_features(MODEL, pictures)
+    table = pandas.read_parquet(tmp_path / "parquet")
+    assert list(table.columns) == ["id", "cls", "pooled", *(["patches"] if patches else [])]
+    assert [Path(name).name for name in table.id] == list(expected.ids)
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(torch.tensor(np.stack(table.cls)), expected.cls, **close)
+    torch.testing.assert_close(torch.tensor(np.stack(table.pooled)), expected.patches.mean(1), **close)
+    rows = load_dataset("parquet", data_dir=str(tmp_path / "parquet"), split="train").with_format("torch")
+    torch.testing.assert_close(rows["cls"][:], expected.cls, **close)
+    if patches:
+        torch.testing.assert_close(torch.stack(list(rows["patches"])), expected.patches, **close)
+
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "parquet").iterdir()}
+    assert len(whole) == 7
+    for name in list(whole)[2:]:
+        (tmp_path / "parquet" / name).unlink()
+    (tmp_path / "index.json").unlink()
+    again = extract_to_folder(MODEL, images, tmp_path, settings=settings, progress=False)
+    assert again.num_shards_written == 5
+    assert {path.name: path.read_bytes() for path in (tmp_path / "parquet").iterdir()} == whole
+    with pytest.raises(ValueError, match=r"are tables\. Read them with pandas\.read_parquet"):
+        TokenFeatures.load(tmp_path)
+    with pytest.raises(ValueError, match="another extraction"):
+        extract_to_folder(MODEL, images, tmp_path, settings=SETTINGS, progress=False)
+    (tmp_path / "parquet" / "features-00000.parquet").write_bytes(b"no table")
+    with pytest.raises(ValueError, match="contains no token features"):
+        extract_to_folder(MODEL, images, tmp_path, settings=settings, progress=False)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_types_and_token_kinds(pictures, tmp_path, dtype):
     settings = ExtractionSettings(dtype=dtype, patches=False, max_images=4)
@@ -200,6 +239,10 @@ def test_numbers_that_do_not_fit_are_an_error(pictures, tmp_path):
         )  # fmt: skip
     with pytest.raises(ValueError, match="dtype='int8' is unknown"):
         ExtractionSettings(dtype="int8")
+    with pytest.raises(ValueError, match="does not exist in parquet files"):
+        ExtractionSettings(dtype="bfloat16", format="parquet")
+    with pytest.raises(ValueError, match="format='csv' is unknown, expected safetensors or parquet"):
+        ExtractionSettings(format="csv")
     with pytest.raises(ValueError, match="shard_size=0 is too small"):
         ExtractionSettings(shard_size=0)
 
@@ -264,6 +307,9 @@ def test_the_command_line(checkpoint, pictures, tmp_path, capsys):
     assert (report["complete"], report["num_images"], report["num_shards"]) == (True, 19, 3)
     assert "images/s" in printed.err
     assert TokenFeatures.load(tmp_path / "out").cls.dtype == torch.float16
+    assert cli.main([*args[:-1], "--output_dir", str(tmp_path / "table"), "--format", "parquet"]) == 0
+    assert np.stack(pandas.read_parquet(tmp_path / "table" / "parquet").cls).dtype == np.float16
+    capsys.readouterr()
     assert cli.main([*args, "--layer", "1"]) == 1
     assert "another extraction (layer: 2, now 1)" in capsys.readouterr().err
     assert cli.main([*args[:4], str(tmp_path / "nothing"), "--output_dir", str(tmp_path / "x")]) == 1

@@ -19,12 +19,14 @@ from transformers import (
     Dinov2WithRegistersModel,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessor,
     ViTModel,
 )
 
 from builders import MakesFolder, dinov2_state, randomized
 from hf_regvit import CheckpointCorruptError, CheckpointError, RegViTForImageClassification, RegViTModel
 from hf_regvit.models.conversion import convert, convert_to_folder
+from hf_regvit.models.loading import open_backbone
 from hf_regvit.models.source_families import ConversionError
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
@@ -293,6 +295,15 @@ def test_a_classifier_without_labels_is_a_backbone(cls, tmp_path) -> None:
     assert type(convert(source)) is RegViTModel
     source.save_pretrained(tmp_path)
     assert type(convert(tmp_path)) is RegViTModel
+
+
+def test_a_backbone_to_train_keeps_the_processor_of_its_classifier(tmp_path) -> None:
+    randomized(ViTForImageClassification(ViTConfig(**SMALL, num_labels=3))).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.4] * 3).save_pretrained(tmp_path)
+    for mask_token in (True, False):
+        backbone = open_backbone(str(tmp_path), use_mask_token=mask_token)
+        assert list(backbone.image_processor.image_mean) == [0.4] * 3
+        assert ("embeddings.mask_token" in backbone.state_dict()) == mask_token
 
 
 def test_sizes_that_cannot_be_meant() -> None:

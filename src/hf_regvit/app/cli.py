@@ -111,6 +111,7 @@ def _convert(arguments: Any) -> Outcome:
 def _diagnose(arguments: Any) -> Outcome:
     from ..diagnosis.comparison import compare_checkpoints
     from ..diagnosis.diagnose import diagnose
+    from ..diagnosis.findings import next_step
     from ..figures.diagnosis_page import write_comparison, write_report
     from ..figures.maps import write_report_figures
 
@@ -125,15 +126,15 @@ def _diagnose(arguments: Any) -> Outcome:
         reports = outcome.folders()
     with keeping(outcome.summary):
         path = outcome.save(arguments.output_dir)
-        for folder, report in reports.items():
-            write_report(report, f"{arguments.output_dir}/{folder}/report.html")
+        for model, (folder, report) in zip(arguments.model, reports.items()):
+            write_report(report, f"{arguments.output_dir}/{folder}/report.html", model=model, data=arguments.data)
             write_report_figures(report, f"{arguments.output_dir}/{folder}/figures")
         if len(reports) > 1:
             write_comparison(outcome, f"{arguments.output_dir}/comparison.html")
-    repair: tuple[str, ...] = ()
-    if len(reports) == 1 and outcome.bimodal:
-        repair = ("retrofit", "--model", arguments.model[0], "--data", arguments.data, "--output_dir", "repaired")
-    return Outcome(outcome.to_dict(), outcome.summary(), {"report": path}, following=repair)
+    single = len(reports) == 1
+    following = next_step(outcome, model=arguments.model[0], data=arguments.data)[1] if single else ()
+    lines = {"report": path, "page": f"{arguments.output_dir}/{'report' if single else 'comparison'}.html"}
+    return Outcome(outcome.to_dict(), outcome.summary(), lines, following=following)
 
 
 def _retrofit(arguments: Any) -> Outcome:
@@ -190,17 +191,19 @@ def _dense(arguments: Any) -> Outcome:
 def _evaluate(arguments: Any) -> Outcome:
     from ..evaluation.report import EvaluationTable
     from ..evaluation.run import compare_backbones
+    from ..figures.evaluation_page import write_evaluation
     from ..hub.exported_reader import open_exported
 
     def keep(table: EvaluationTable) -> None:  # called after each model, so a later failure loses no earlier result
         with keeping(table.markdown):
             table.save(arguments.output_dir)
+            write_evaluation(table, f"{arguments.output_dir}/report.html")
 
     check_space(arguments.output_dir, _REPORT_BYTES)
     models = [open_exported(model) for model in arguments.model]
     table = compare_backbones(models, arguments.data, on_report=keep, **arguments.settings())
     lost = ["\n  ".join([one.model, *one.lost.lines(one.seed)]) + "\n" for one in table.reports if one.lost]
-    path = {"report": f"{arguments.output_dir}/report.json"}
+    path = {"report": f"{arguments.output_dir}/report.json", "page": f"{arguments.output_dir}/report.html"}
     result = path | {"results": [report.summary() for report in table.reports]}
     return Outcome(result, "\n".join([table.markdown(), *lost]), path)
 

@@ -4,6 +4,7 @@ import logging
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -39,7 +40,7 @@ def tar_source(found: Found, reading: Reading) -> ImageSource:
     problems = list(found.problems)
     for shard, file in enumerate(found.files):
         members, labels, faults = _index_tar(file, reading)
-        called = file.relative_to(found.root).as_posix() if file != found.root else file.name
+        called = _shard_name(found, file)
         for member, offset, size in members:
             ids.append(f"{called}#{member}")
             places.append((shard, offset, size))
@@ -64,6 +65,25 @@ def tar_source(found: Found, reading: Reading) -> ImageSource:
     encoded, name = partial(_read_member, found.files, positions), str(found.root)
     read = partial(stored_image, encoded, partial(row_name, name, ids), reading.limits)
     return ImageSource(name, ids, read, labels_, names, encoded=encoded, problems=tuple(problems), notes=tuple(notes))
+
+
+def _shard_name(found: Found, file: Path) -> str:
+    return file.relative_to(found.root).as_posix() if file != found.root else file.name
+
+
+def tar_texts(found: Found, ids: Sequence[str]) -> list[str | None]:
+    """Return the content of the `.txt` member of the sample of each image; `ids` are those of `tar_source`.
+
+    A damaged archive is read up to the damage, which `tar_source` reports.
+    """
+    texts: dict[tuple[str, str], str] = {}
+    for file in found.files:
+        with suppress(tarfile.TarError, OSError, EOFError), tarfile.open(file, "r:") as archive:
+            for member in archive:
+                if member.name.endswith(".txt") and _is_safe(member) and (content := archive.extractfile(member)):
+                    text = content.read(MOST_LABEL).decode("utf-8", "replace")
+                    texts[_shard_name(found, file), sample_key(member.name)] = text
+    return [texts.get((shard, sample_key(member))) for shard, _, member in (id.partition("#") for id in ids)]
 
 
 def _is_safe(member: tarfile.TarInfo) -> bool:

@@ -85,7 +85,8 @@ class ComparisonReport(Result):
         return markdown_table(self._rows())
 
     def _rows(self) -> list[list[object]]:
-        return [list(self.rows[0]), *(list(row.values()) for row in self.rows)]
+        names = ["block" if name == "layer" else name for name in self.rows[0]]
+        return [names, *(list(row.values()) for row in self.rows)]
 
 
 def compare_checkpoints(

@@ -141,26 +141,36 @@ def _sizes(report: ArtifactReport) -> Finding:
     return Finding("repaired for image sizes", value, "Sizes at which a retrofit removed the outliers of test images.")
 
 
-def next_step(report: ArtifactReport) -> str:
-    """Return the most useful next step, or the list of what was tested if nothing was found."""
+def next_step(report: ArtifactReport, *, model: str = "MODEL", data: str = "IMAGES") -> tuple[str, tuple[str, ...]]:
+    """Return the most useful next step: a sentence, and the words after `regvit` of a command for it.
+
+    Args:
+        report: Result of a diagnosis.
+        model: Name of the model in the command.
+        data: Name of the images in the command.
+    """
+    look = ("demo", "--model", model)
+    repair = ("retrofit", "--model", model, "--data", data, "--output_dir", "repaired")
     found, sinks = report.spurious or {}, report.sinks or {}
     broadcast = max((entry["per_image"]["broadcast"] for entry in sinks.get("sets", {}).values()), default=0)
-    rules: Sequence[tuple[bool, str]] = (
+    rules: Sequence[tuple[bool, str, tuple[str, ...]]] = (
         (report.emergence_layer == 0, "The outliers exist before the first block (position table or patch embedding), "
-         "so no neuron writes them and a retrofit cannot move them."),
+         "so no neuron writes them and a retrofit cannot move them.", look),
         (report.bimodal and not report.model["num_register_tokens"], "Add registers without training: run "
-         "regvit retrofit with images of the sizes that you use."),
+         "regvit retrofit with images of the sizes that you use.", repair),
         (report.bimodal, "The model has outliers although it has registers: regvit retrofit searches for further "
-         "groups of neurons and adds registers for them."),
+         "groups of neurons and adds registers for them.", repair),
         (found.get("flagged", 0) > found.get("both", 0), "Tokens of ordinary norm repeat in unrelated images. A "
-         "retrofit cannot move them; leave these cells out of pooling, or fine-tune."),
+         "retrofit cannot move them; leave these cells out of pooling, or fine-tune.", look),
         (broadcast >= 0.5, "Some heads broadcast one message. Registers may carry content: look at the controls with "
-         "mean and exchanged registers first."),
+         "mean and exchanged registers first.", look),
         (report.position is not None and report.position["final"] > 0.3, "The output contains the position. Remove it "
-         "for matching and clustering, and keep it for scenes of a fixed layout."),
+         "for matching and clustering, and keep it for scenes of a fixed layout.", look),
     )  # fmt: skip
     tested = "norms of all blocks, repetition between images, attention sinks, position"
-    return next((text for holds, text in rules if holds), f"Use the model as it is. Tested: {tested}.")
+    use = ("extract", "--model", model, "--data", data, "--output_dir", "features")
+    clean = f"Use the model as it is. Tested: {tested}."
+    return next(((text, command) for holds, text, command in rules if holds), (clean, use))
 
 
 def relocation(first: ArtifactReport, second: ArtifactReport) -> str | None:

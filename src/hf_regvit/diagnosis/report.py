@@ -83,13 +83,13 @@ class ArtifactReport(Result):
     @property
     def verdict(self) -> str:
         """Conclusion in one sentence."""
-        where = f"block {self.layer} of {self.model['num_layers']}"
         if self.bimodal:
             return (
-                f"This model has artifact tokens: at {where}, {self.outlier_share:.2%} of the patch tokens form a "
-                f"distinct group with {show(self.norm_ratio, '.1f')} times the median norm of the others."
+                f"This model has artifact tokens: at block {self.layer} of {self.model['num_layers']}, "
+                f"{self.outlier_share:.2%} of the patch tokens form a distinct group with "
+                f"{show(self.norm_ratio, '.1f')} times the median norm of the others."
             )
-        return f"No distinct outliers: no block has patch norms with two distinct modes ({self.reason} at {where})."
+        return "No distinct outliers: in no block do the norms of the patch tokens have two distinct modes."
 
     def summary(self) -> str:
         """Return a summary of ten lines for a terminal, plus one line per warning."""

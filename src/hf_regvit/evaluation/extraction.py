@@ -2,11 +2,13 @@
 
 The folder contains shards `features-00000.safetensors`, ..., each with tokens, ids and reasons for skipped images; an
 `extraction.json` with everything the features depend on; and, once all shards exist, an `index.json`. Shards are
-written atomically, and their content depends neither on the number of processes nor on interruptions.
+written atomically, and their content depends neither on the number of processes nor on interruptions. Shards in
+parquet are tables for other programs and have a folder to themselves, `parquet/`, which pandas reads as one table.
 
 Shapes: n images, R registers, N patches in a grid of (rows, columns), D width.
 """
 
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +26,7 @@ from ..data.preparation import PreparedImages, SkippedImage, prepare_images, rep
 from ..models.configuration_regvit import check_weight_files, shard_of
 from ..models.loading import open_model, weights_fingerprint
 from ..models.results import Record, html_table
-from ..models.saving import check_space, read_json, read_notes, read_object, write_json, write_tensors
+from ..models.saving import check_space, read_json, read_notes, read_object, whole_file, write_json, write_tensors
 from ..models.tokens import TokenReader, resolve_layers
 from .cache import fingerprint
 from .dense_features import FeatureSettings, pooled_grid, read_views, settings_for
@@ -79,7 +81,7 @@ class TokenFeatures:
 
         Raises:
             FileNotFoundError: The path does not exist, or the extraction is not finished.
-            ValueError: The file does not contain token features.
+            ValueError: The file does not contain token features, or they are in parquet files.
         """
         path = Path(path)
         if path.is_dir():
@@ -101,11 +103,39 @@ class TokenFeatures:
             raise ValueError(f"'{path}' contains no token features ({error}). Delete it and extract again.") from error
 
 
+def _write_table(features: TokenFeatures, path: Path, *, patches: bool) -> None:
+    """Write id, CLS, mean patch and, if asked for, the patches of every image as one parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def rows(values: torch.Tensor) -> pa.Array:  # (n, D) to n lists of D numbers
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.flatten().numpy()), values.shape[-1])
+
+    tokens, count = features.patches, features.patches.shape[1]
+    columns = {"id": pa.array(features.ids, pa.string())}
+    if features.cls is not None:
+        columns["cls"] = rows(features.cls)
+    columns["pooled"] = rows(tokens.float().mean(dim=1).to(tokens.dtype))
+    if patches:
+        starts = pa.array(range(0, count * len(features) + 1, count or 1), pa.int32())
+        columns["patches"] = pa.ListArray.from_arrays(starts, rows(tokens.flatten(0, 1)))
+    skipped = [(image.id, image.reason) for image in features.skipped]
+    notes = json.dumps({"grid": features.grid, "ids": features.ids, "skipped": skipped})
+    table = pa.table(columns).replace_schema_metadata({"hf_regvit": notes})
+    with whole_file(path) as unfinished, pq.ParquetWriter(unfinished, table.schema) as file:
+        if len(features):  # `datasets` fails on a row group without rows
+            file.write_table(table)
+
+
 def _read_notes(path: Path) -> Record:
     """Read the metadata of a features file without reading the features."""
     try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return json.loads(pq.read_schema(path).metadata[b"hf_regvit"])
         return read_notes(path)
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"'{path}' contains no token features ({error}). Delete it and extract again.") from error
 
 
@@ -141,8 +171,9 @@ class ExtractionSettings:
         layer: Block whose output is kept: 1 to L, 0 for the embedding, negative numbers to count from the end.
         final_norm: Whether to apply the model's final norm, as for its own last hidden state, or to keep the raw
             residual stream.
-        patches: Whether to keep patch tokens; CLS and registers are always kept.
-        dtype: Data type of the files: "float32", "float16" or "bfloat16".
+        patches: Whether to keep patch tokens. Default: in safetensors, but not in parquet.
+        format: "safetensors", always with CLS and registers, or "parquet", always with CLS and the mean patch.
+        dtype: Data type of the files: "float32", "float16" or, in safetensors, "bfloat16".
         batch_size: Number of images per forward pass. It affects only the last digits.
         shard_size: Number of images per file, including skipped ones; each process holds one shard in memory.
         image_size: Side of the input image in pixels, or None for the size of the processor.
@@ -152,7 +183,8 @@ class ExtractionSettings:
 
     layer: int = -1
     final_norm: bool = True
-    patches: bool = True
+    patches: bool | None = None
+    format: str = "safetensors"
     dtype: str = "float32"
     batch_size: int = 32
     shard_size: int = 256
@@ -163,8 +195,21 @@ class ExtractionSettings:
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is unknown, expected one of {', '.join(_DTYPES)}.")
+        if self.format not in ("safetensors", "parquet"):
+            raise ValueError(f"format={self.format!r} is unknown, expected safetensors or parquet.")
+        if (self.format, self.dtype) == ("parquet", "bfloat16"):
+            raise ValueError("dtype='bfloat16' does not exist in parquet files. Use float16 or float32.")
         if self.shard_size < 1:
             raise ValueError(f"shard_size={self.shard_size} is too small. Use at least 1.")
+
+    @property
+    def keeps_patches(self) -> bool:
+        """Return True if the files hold patch tokens."""
+        return self.format == "safetensors" if self.patches is None else self.patches
+
+    def folder(self, output_dir: Path) -> Path:
+        """Return the folder of the shards."""
+        return output_dir if self.format == "safetensors" else output_dir / "parquet"
 
 
 def _read(reader: TokenReader, images: PreparedImages, settings: ExtractionSettings, bar: Any) -> TokenFeatures:
@@ -190,7 +235,9 @@ def _read(reader: TokenReader, images: PreparedImages, settings: ExtractionSetti
         options: dict[str, Any] = {"views": dense.views, "grid": grid, "final_norm": settings.final_norm}
         reading = read_views(reader, pixel_values, (settings.layer,), **options)
         reading = replace(reading, values=(keep(reading.at(), reading.layers[0]),))
-        patches = reading.patches() if settings.patches else reading.patches()[:, :0]
+        patches = reading.patches()
+        if not settings.keeps_patches and settings.format == "safetensors":
+            patches = patches[:, :0]
         parts.append(TokenFeatures(reading.cls(), reading.registers(), patches, reading.grid, tuple(ids)))
         bar.update(len(ids) + len(images.skipped) - reported)
         reported = len(images.skipped)
@@ -307,11 +354,11 @@ def extract_to_folder(
         settings = replace(settings, layer=dense.layer, image_size=dense.image_size, dense=dense)
     transform = reader.transform_for(image_size=settings.image_size)
     prepared = prepare_images(images, transform, batch_size=settings.batch_size, max_images=settings.max_images)
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, shards = Path(output_dir), settings.folder(Path(output_dir))
+    shards.mkdir(parents=True, exist_ok=True)
     identity = _identity(reader, prepared, settings)
     if prepared.total is not None:
-        present = sum(path.stat().st_size for path in folder.glob("features-*.safetensors"))
+        present = sum(path.stat().st_size for path in shards.glob(f"features-*.{settings.format}"))
         check_space(folder, prepared.total * _bytes_per_image(reader, prepared, settings) - present)
     _claim(folder, identity)
 
@@ -323,15 +370,18 @@ def extract_to_folder(
             num_shards += 1
             if index % state.num_processes != state.process_index:
                 continue
-            path = folder / _shard_name(index)
+            path = shards / f"features-{index:05d}.{settings.format}"
             if _is_done(path, part):
                 bar.update(part.total)
                 continue
             shard = _read(reader, part, settings, bar)
-            shard.save(path)
+            if settings.format == "parquet":
+                _write_table(shard, path, patches=settings.keeps_patches)
+            else:
+                shard.save(path)
             num_used, num_written = num_used + len(shard), num_written + 1
     seconds = time.perf_counter() - start
-    written = _write_index(folder, num_shards, identity, prepared.name)
+    written = _write_index(folder, num_shards, identity, prepared.name, shards)
     return ExtractionReport(
         output_dir=str(output_dir),
         complete=written is not None,
@@ -355,12 +405,8 @@ def _bytes_per_image(reader: TokenReader, images: PreparedImages, settings: Extr
     """Return the size of the tokens of an image in the files."""
     pixels, description = images.transform(Image.new("RGB", (64, 64))), reader.description
     grid = [side // patch for side, patch in zip(pixels.shape[1:], description.patch_size)]
-    num_tokens = description.num_prefix_tokens + (math.prod(grid) if settings.patches else 0)
+    num_tokens = description.num_prefix_tokens + (math.prod(grid) if settings.keeps_patches else 0)
     return num_tokens * description.hidden_size * _DTYPES[settings.dtype].itemsize
-
-
-def _shard_name(index: int) -> str:
-    return f"features-{index:05d}.safetensors"
 
 
 def _is_done(path: Path, part: PreparedImages) -> bool:
@@ -380,6 +426,7 @@ def _identity(reader: TokenReader, images: PreparedImages, settings: ExtractionS
         del chosen["dense"]
     return {
         **chosen,
+        "patches": settings.keeps_patches,
         "layer": resolve_layers((settings.layer,), reader.description.num_layers)[0],
         "family": reader.family_name,
         "weights": weights_fingerprint(reader.model),
@@ -394,22 +441,23 @@ def _claim(folder: Path, identity: Record) -> None:
     if not path.is_file():
         write_json(path, identity)
         return
-    known = read_json(path)
+    known = {"format": "safetensors", **read_json(path)}  # earlier versions wrote nothing else
     differing = [key for key in identity if known.get(key) != identity[key]]
     if differing:
         changes = ", ".join(f"{key}: {known.get(key)!r}, now {identity[key]!r}" for key in differing)
         raise ValueError(f"'{folder}' contains features of another extraction ({changes}). Use an empty folder.")
 
 
-def _write_index(folder: Path, num_shards: int, identity: Record, name: str) -> Record | None:
+def _write_index(folder: Path, num_shards: int, identity: Record, name: str, shard_folder: Path) -> Record | None:
     """Write `index.json` and return it, or return None while other processes are still writing shards."""
-    found = {path.name for path in folder.glob("features-*.safetensors")}
-    expected = [_shard_name(index) for index in range(num_shards)]
+    suffix = identity["format"]
+    found = {path.name for path in shard_folder.glob(f"features-*.{suffix}")}
+    expected = [f"features-{index:05d}.{suffix}" for index in range(num_shards)]
     if extra := sorted(found.difference(expected)):
         raise ValueError(f"'{folder}' has more shards than the source needs, e.g. '{extra[0]}'. Use an empty folder.")
     if not found.issuperset(expected):
         return None
-    shards = [{"file": file, **_read_notes(folder / file)} for file in expected]
+    shards = [{"file": file, **_read_notes(shard_folder / file)} for file in expected]
     skipped = [SkippedImage(*pair) for shard in shards for pair in shard["skipped"]]
     num_images = sum(len(shard["ids"]) for shard in shards)
     report_skipped(num_images, skipped, name)
@@ -427,12 +475,18 @@ def _write_index(folder: Path, num_shards: int, identity: Record, name: str) -> 
 
 
 def iterate_shards(folder: str | Path) -> Iterator[TokenFeatures]:
-    """Iterate over the non-empty shards of a finished extraction, in the order of the source.
+    """Iterate over the non-empty safetensors shards of a finished extraction, in the order of the source.
 
     Raises:
         FileNotFoundError: The folder has no `index.json`.
+        ValueError: The shards are parquet files.
     """
-    for shard in _read_index(Path(folder))["shards"]:
+    index = _read_index(Path(folder))
+    if index.get("format") == "parquet":
+        raise ValueError(
+            f"The features in '{folder}' are tables. Read them with pandas.read_parquet('{folder}/parquet')."
+        )
+    for shard in index["shards"]:
         if shard["ids"]:
             yield TokenFeatures.load(shard_of(Path(folder), shard["file"]))
 

@@ -4,10 +4,12 @@ Maps have one pixel per patch and are enlarged by the browser without smoothing,
 measured values.
 """
 
+import csv
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,8 +20,8 @@ from ..diagnosis.findings import findings, next_step
 from ..diagnosis.report import ArtifactReport
 from ..models.results import Record
 from ..models.saving import whole_file
-from .maps import INK, STYLE, attention_limits, colored, layer_norm_figure, norm_ticks, stretch
-from .pages import cell_text, chart, data_url, number_text, render
+from .maps import INK, STYLE, attention_limits, colored, distinct_registers, layer_norm_figure, norm_ticks, stretch
+from .pages import cell_text, chart, data_url, number_text, render, write_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,33 +36,37 @@ _ATTENTION_NAMES = {
     "top_mass": "share of the patch attention on the top 2% of patches",
     "entropy_share": "entropy relative to uniform attention",
 }
+_NAMES = {"layers": "blocks", "cutoff": "cut-off"}
 _CONTROL_NAMES = {"cls_cosine": "cosine of CLS", "patch_cosine": "cosine of patches", "knn": "5-NN accuracy"}
 
 
-def write_report(report: ArtifactReport, path: str | Path) -> Path:
-    """Write the report page.
+def write_report(report: ArtifactReport, path: str | Path, **names: str) -> Path:
+    """Write the report page, and `blocks.csv` with the numbers of every block beside it.
 
     Args:
         report: Result of `diagnose` or `ArtifactReport.load`.
         path: HTML file to write; its folder is created if needed.
+        **names: Names of model and data in the command for the next step; see `next_step`.
 
     Returns:
         Path of the HTML file.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as unfinished:
-        unfinished.write_text(report_page(report), encoding="utf-8")
+    path = write_page(report_page(report, **names), path)
+    with whole_file(path.with_name("blocks.csv")) as unfinished, unfinished.open("w", newline="") as file:
+        csv.writer(file).writerows(_blocks(report))
     return path
 
 
-def report_page(report: ArtifactReport) -> str:
-    """Return the report page as HTML text."""
+def report_page(report: ArtifactReport, **names: str) -> str:
+    """Return the report page as HTML text; see `write_report`."""
+    sentence, command = next_step(report, **names)
     return render(
         "diagnosis.html",
         report=report,
         findings=findings(report),
-        next_step=next_step(report),
+        next_step=sentence,
+        command=f"regvit {shlex.join(command)}",
+        blocks=[[cell_text(value) for value in row] for row in _blocks(report)],
         heads=_heads(report.sinks) if report.sinks else [],
         charts=_charts(report),
         neighbors=report.neighbours,
@@ -69,7 +75,9 @@ def report_page(report: ArtifactReport) -> str:
         attention=_attention(report),
         controls=_controls(report.controls or {}),
         probes=_tables(report.probes or {}),
-        settings=[[key, cell_text(value)] for key, value in report.settings.items()],
+        settings=[
+            [_NAMES.get(key, key.replace("_", " ")), cell_text(value)] for key, value in report.settings.items()
+        ],
         skipped=[list(entry.values()) for entry in report.skipped[:50]],
     )
 
@@ -82,23 +90,36 @@ def write_comparison(report: ComparisonReport, path: str | Path) -> Path:
     for name in ("outliers", "registers") if measured else ():
         first, last = (f"{measured['means'][f'{name}, {place}']:.1%}" for place in ("first", "last"))
         attention.append([name, first, last, *_change(measured[name])])
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as unfinished:
-        unfinished.write_text(
-            render(
-                "comparison.html",
-                report=report,
-                names=list(found),
-                numbers=[
-                    [row[0].name, *(each.value for each in row), *changes.get(row[0].name, ("", ""))]
-                    for row in zip(*found.values())
-                ],
-                attention=attention,
-            ),
-            encoding="utf-8",
-        )
-    return path
+    page = render(
+        "comparison.html",
+        report=report,
+        models=dict(zip(found, report.folders())),
+        numbers=[
+            [row[0].name, *(each.value for each in row), *changes.get(row[0].name, ("", ""))]
+            for row in zip(*found.values())
+        ],
+        attention=attention,
+        examples=_before_after(*list(report.reports.values())[:: len(found) - 1]),
+    )
+    return write_page(page, path)
+
+
+def _before_after(first: ArtifactReport, last: ArtifactReport) -> list[Record]:
+    """Return norms and attention of CLS of two models for the example images that both have, norms on one scale."""
+    shown = []
+    for pair in zip(first.examples, last.examples):
+        if pair[0]["id"] == pair[1]["id"]:
+            both, sides = torch.cat([_logs(one).flatten() for one in pair]), ("first model", "last model")
+            norms = [
+                _norm_map(one, report, both) | {"label": f"norm, {side}"}
+                for one, report, side in zip(pair, (first, last), sides)
+            ]
+            attention = [
+                _attention_map(one["attention_cls"], f"CLS attention, {side}")
+                for one, side in zip(pair, sides) if one["attention_cls"] is not None
+            ]  # fmt: skip
+            shown.append({"id": pair[0]["id"], "panels": [_picture(pair[0], first), *norms, *attention]})
+    return shown
 
 
 def _change(found: Record) -> tuple[str, str]:
@@ -222,21 +243,27 @@ def _heads(sinks: Record) -> list[Record]:
 # --- Maps
 
 
-def _map(shade: Tensor, colors: str, label: str, note: str, outliers: Tensor | None = None) -> Record:
-    """Return a map for the template; `shade` is in [0, 1], and cells where `outliers` is True get an orange frame."""
+def _blocks(report: ArtifactReport) -> list[list[Any]]:
+    """Return the numbers of every block, on which the decision rests, with a head."""
+    names = {"layer": "block", "median": "median norm", "max": "largest norm", "cutoff": "cut-off",
+             "share": "share above it", "separation": "separation", "bimodal": "two modes"}  # fmt: skip
+    return [list(names.values()), *([record[name] for name in names] for record in report.layers)]
+
+
+def _map(shade: Tensor, colors: str, label: str, note: str) -> Record:
+    """Return a map for the template; `shade` is in [0, 1]."""
     return {
         "label": label,
         "note": note,
         "grid": tuple(shade.shape),
+        "kind": "pixels",
         "image": data_url(colored(shade, colors)),
-        "outliers": [] if outliers is None else outliers.nonzero().tolist(),
+        "outliers": [],
     }
 
 
 def _example(example: Record, report: ArtifactReport) -> list[Record]:
     """Return the image, its norms, and the attention of CLS (if any) and of each register."""
-    norms = torch.tensor(example["norms"], dtype=torch.float64)
-    logs = norms.clamp(min=1e-12).log()
     beyond = [
         _map(stretch(torch.tensor(values, dtype=torch.float64), 0, high), "viridis", label, note)
         for key, high, label, note in (
@@ -245,31 +272,42 @@ def _example(example: Record, report: ArtifactReport) -> list[Record]:
         )
         if (values := example.get(key)) is not None
     ]
-    maps = {f"register {i + 1} attention": values for i, values in enumerate(example["attention_registers"])}
-    if example["attention_cls"] is not None:
-        maps = {"CLS attention": example["attention_cls"], **maps}
+    registers = distinct_registers(torch.tensor(example["attention_registers"], dtype=torch.float64))
+    maps = [] if example["attention_cls"] is None else [("CLS", example["attention_cls"])]
     return [
-        {
-            "label": "image",
-            "note": f"{example['num_outliers']} outliers",
-            "grid": None,
-            "image": f"data:image/jpeg;base64,{example['picture']}",
-            "outliers": [],
-        },
-        _map(
-            stretch(logs, logs.quantile(0.01).item(), logs.max().item()),
-            "viridis",
-            f"norm, block {report.layer}",
-            f"{norms.min():.3g} to {norms.max():.3g}",
-            norms > report.cutoff if report.bimodal else None,
-        ),
+        _picture(example, report),
+        _norm_map(example, report, _logs(example)),
         *beyond,
-        *(_attention_map(values, label) for label, values in maps.items()),
+        *(_attention_map(values, f"{name} attention") for name, values in [*maps, *registers]),
     ]
 
 
-def _attention_map(values: Sequence[Sequence[float]], label: str) -> Record:
-    attention = torch.tensor(values, dtype=torch.float64)
+def _logs(example: Record) -> Tensor:
+    return torch.tensor(example["norms"], dtype=torch.float64).clamp(min=1e-12).log()
+
+
+def _picture(example: Record, report: ArtifactReport) -> Record:
+    """Return the image with a frame around each outlier."""
+    return {
+        "label": "image",
+        "note": f"{example['num_outliers']} outliers" if report.bimodal else "no distinct outliers",
+        "grid": tuple(example["grid"]),
+        "kind": "image",
+        "image": f"data:image/jpeg;base64,{example['picture']}",
+        "outliers": (_logs(example).exp() > report.cutoff).nonzero().tolist() if report.bimodal else [],
+    }
+
+
+def _norm_map(example: Record, report: ArtifactReport, scale: Tensor) -> Record:
+    """Return the norms in the range of `scale`, logarithms of norms."""
+    logs, outliers = _logs(example), _picture(example, report)["outliers"]
+    low, high = torch.quantile(scale, 0.01).item(), scale.max().item()
+    note = f"block {report.layer}, {logs.min().exp():.3g} to {logs.max().exp():.3g}"
+    return _map(stretch(logs, low, high), "viridis", "norm", note) | {"outliers": outliers}
+
+
+def _attention_map(values: Sequence[Sequence[float]] | Tensor, label: str) -> Record:
+    attention = torch.as_tensor(values, dtype=torch.float64)
     return _map(stretch(attention, *attention_limits(attention)), "magma", label, f"{attention.sum():.0%} on patches")
 
 

@@ -141,6 +141,21 @@ def attention_limits(attention: Tensor) -> tuple[float, float]:
     return low, max(high, low + 1e-12)
 
 
+def distinct_registers(attention: Tensor) -> list[tuple[str, Tensor]]:
+    """Return the maps of registers (R, rows, columns) by name; equal neighbors are one map, `registers 1 to 4`.
+
+    Test-time registers start as zeros and receive the same values, so they stay equal.
+    """
+    groups: list[list[int]] = []
+    for i, map_ in enumerate(attention):
+        same = bool(groups) and torch.allclose(map_, attention[groups[-1][0]], rtol=0, atol=1e-3 * float(map_.max()))
+        groups[-1:] = [[*groups[-1], i]] if same else [*groups[-1:], [i]]
+    return [
+        (f"register {one[0] + 1}" if len(one) == 1 else f"registers {one[0] + 1} to {one[-1] + 1}", attention[one[0]])
+        for one in groups
+    ]
+
+
 def stretch(values: Tensor, low: float, high: float) -> Tensor:
     """Map [low, high] to [0, 1], and clip values outside."""
     return ((values - low) / max(high - low, 1e-12)).clamp(0, 1)

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ..models.results import show
+from ..models.saving import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,6 +36,15 @@ def render(template: str, *, folder: Path = TEMPLATES, **values: Any) -> str:
         **values: Values that the template uses; text is escaped, `Markup` is not.
     """
     return _environment(folder).get_template(template).render(values).strip() + "\n"
+
+
+def write_page(page: str, path: str | Path) -> Path:
+    """Write a page, create its folder if needed, and return the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
+    return path
 
 
 @cache

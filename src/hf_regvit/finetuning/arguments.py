@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ..evaluation.image_tasks import option
-from ..training.arguments import RunArguments, plain
+from ..training.arguments import LoraArguments, plain
 
 
 class TaskEntry(NamedTuple):
@@ -57,8 +57,8 @@ _LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "linear": 1e-2}
 
 
 @dataclass
-class FinetuningArguments(RunArguments):
-    """Arguments of a fine-tuning run, in addition to those of `RunArguments` and `transformers.TrainingArguments`.
+class FinetuningArguments(LoraArguments):
+    """Arguments of a fine-tuning run, in addition to those of `LoraArguments` and `transformers.TrainingArguments`.
 
     `model` is another name of `model_name_or_path`. Shares and probabilities lie in [0, 1]. The default of
     `learning_rate` depends on the mode, that of `metric_for_best_model` on the task.

@@ -224,13 +224,14 @@ def open_backbone(source: str, **changes: Any) -> RegViTModel:
 
     Args:
         source: Model as for `open_regvit`.
-        changes: Fields of `RegViTConfig` to change.
+        changes: Fields of `RegViTConfig` to change. By default it gets a mask token.
 
     Raises:
         ValueError: The model normalizes only a pooled vector, or does not read 3 channels.
     """
     model = open_regvit(source)
     require_rgb(model)
+    processor = known_processor(model)  # of a converted classifier, not of its backbone
     model = getattr(model, "regvit", model)
     if model.config.final_norm in ("pooled", "none"):
         raise ValueError(
@@ -238,17 +239,17 @@ def open_backbone(source: str, **changes: Any) -> RegViTModel:
             "(final_norm='tokens'). Start from a model that pools CLS."
         )
     config = copy.deepcopy(model.config)
-    changes |= {"use_mask_token": True, "discard_registers": False, "pooler_act": None, "attention_pooler": False}
+    changes = {"use_mask_token": True, **changes}
+    changes |= {"discard_registers": False, "pooler_act": None, "attention_pooler": False}
     changes |= {"pooler_num_heads": None, "pooler_intermediate_size": None, "projection_dim": None}
     changes["final_norm"] = "tokens"  # the norm of CLS in CLIP models also serves the patches
     for name, value in changes.items():
         setattr(config, name, value)
     backbone = RegViTModel(config, add_pooling_layer=False)
-    poolers = ("pooler.", "projection.")
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(poolers)}
+    state = model.state_dict()
     state.setdefault("embeddings.mask_token", torch.zeros(1, config.hidden_size))
-    backbone.load_state_dict(state)
-    backbone.image_processor = known_processor(model)
+    backbone.load_state_dict({name: state[name] for name in backbone.state_dict()})  # no poolers
+    backbone.image_processor = processor
     # A loaded model is in eval mode, and its parameters may be frozen.
     return backbone.train().requires_grad_(True)
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 from ..evaluation.image_tasks import option
 from ..models.configuration_regvit import RegViTConfig
 from ..models.loading import TRAINING
-from ..training.arguments import RunArguments, plain
+from ..training.arguments import LoraArguments, plain
 from .schedules import Schedules
 
 MODES = ("full", "lora", "last_blocks")
@@ -23,8 +23,8 @@ _LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "last_blocks": 1e-4}
 
 
 @dataclass
-class PretrainingArguments(RunArguments):
-    """Arguments of a pretraining run, in addition to those of `RunArguments` and `transformers.TrainingArguments`.
+class PretrainingArguments(LoraArguments):
+    """Arguments of a pretraining run, in addition to those of `LoraArguments` and `transformers.TrainingArguments`.
 
     Some defaults are more careful with `init_from`, which starts from a trained model; help texts name both values.
     Durations named `*_steps` count optimizer steps; a value below 1 is a fraction of the run, so a recipe scales with

@@ -1,4 +1,4 @@
-"""Options of both kinds of runs, pretraining and fine-tuning."""
+"""Options of all kinds of runs: pretraining, fine-tuning, training on images with texts."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ def plain(value: Any) -> Any:
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """Options that pretraining and fine-tuning share, in addition to those of `transformers.TrainingArguments`."""
+    """Options that all training runs share, in addition to those of `transformers.TrainingArguments`."""
 
     image_column: str | None = option(
         None, "Column with the images. Default: the only image column, or 'image'.", "--image_column_name"
@@ -33,14 +33,6 @@ class RunArguments(TrainingArguments):
         False, "Whether to resume with another number of images per step, in steps unlike those of the earlier run."
     )
     allow_data_change: bool = option(False, "Whether to resume with a different list of images than the checkpoint.")
-    # Used with --mode lora
-    lora_r: int = option(8, "Rank of the low-rank updates.")
-    lora_alpha: float = option(16.0, "Scaling numerator of the low-rank updates; the scale is lora_alpha / lora_r.")
-    lora_dropout: float = option(0.0, "Dropout probability of the inputs of the low-rank updates.")
-    lora_target_modules: list[str] = option(
-        ["qkv", "o_proj"],
-        "Linear layers that receive low-rank updates: qkv, o_proj, fc1, fc2, gate_up_proj, down_proj.",
-    )
     dataloader_timeout: int = option(600, "Seconds to wait for a batch before the workers are restarted, once.")
 
     # Options of Trainer with other defaults
@@ -104,3 +96,16 @@ class RunArguments(TrainingArguments):
         value = getattr(self, name)
         good = len(value) == 2 and above < value[0] <= value[1] <= at_most and at_least <= value[0]
         self._expect(name, good, expected)
+
+
+@dataclass
+class LoraArguments(RunArguments):
+    """Options of runs that can train low-rank updates, with `--mode lora`."""
+
+    lora_r: int = option(8, "Rank of the low-rank updates.")
+    lora_alpha: float = option(16.0, "Scaling numerator of the low-rank updates; the scale is lora_alpha / lora_r.")
+    lora_dropout: float = option(0.0, "Dropout probability of the inputs of the low-rank updates.")
+    lora_target_modules: list[str] = option(
+        ["qkv", "o_proj"],
+        "Linear layers that receive low-rank updates: qkv, o_proj, fc1, fc2, gate_up_proj, down_proj.",
+    )

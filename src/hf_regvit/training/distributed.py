@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -79,6 +80,21 @@ class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         return cast(Tensor, _SumOverProcesses.apply(gradient))
+
+
+def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """Gather (n, D) from all processes, which must have equal n, with gradients; a collective.
+
+    Returns:
+        (processes * n, D) rows in the order of the processes, and the index of the first row of this process. The
+        gradient of a row is the sum of its gradients on all processes.
+    """
+    count = num_processes()
+    if count == 1:
+        return rows, 0
+    first = dist.get_rank() * len(rows)
+    after = (count - 1) * len(rows) - first
+    return cast(Tensor, _SumOverProcesses.apply(F.pad(rows, (0, 0, first, after)))), first
 
 
 class SharedBatchNorm(nn.BatchNorm1d):

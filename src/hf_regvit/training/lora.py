@@ -8,10 +8,10 @@ from typing import Any, cast
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .arguments import RunArguments
+from .arguments import LoraArguments
 
 
-def inject_lora(network: nn.Module, args: RunArguments, *, blocks: str) -> nn.Module:
+def inject_lora(network: nn.Module, args: LoraArguments, *, blocks: str) -> nn.Module:
     """Insert low-rank updates into the selected linear layers, in place; the class of the network does not change.
 
     Only the updates are trainable afterwards. Before the first step they are zero.
@@ -41,7 +41,7 @@ def inject_lora(network: nn.Module, args: RunArguments, *, blocks: str) -> nn.Mo
     return inject_adapter_in_model(_configuration(args, blocks), network)
 
 
-def _configuration(args: RunArguments, blocks: str, **fields: Any) -> Any:
+def _configuration(args: LoraArguments, blocks: str, **fields: Any) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
@@ -73,7 +73,7 @@ def merged_state(state: Mapping[str, Tensor], *, scale: float) -> dict[str, Tens
     return merged
 
 
-def save_adapter(state: Mapping[str, Tensor], folder: Path, args: RunArguments, *, blocks: str, base: str) -> None:
+def save_adapter(state: Mapping[str, Tensor], folder: Path, args: LoraArguments, *, blocks: str, base: str) -> None:
     """Save low-rank updates in the format of peft, for `PeftModel.from_pretrained(base_model, folder)`.
 
     Args:

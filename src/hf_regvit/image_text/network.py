@@ -1,0 +1,142 @@
+"""The trained network: a RegViT and a text encoder in `VisionTextDualEncoderModel`, with the bias of SigLIP beside it.
+
+The dual encoder of transformers has no bias of the logits, which the sigmoid loss needs. `ImageTextNetwork` holds it
+beside the encoder, so every checkpoint has it and a run resumes with it. The result is the encoder alone: a bias
+changes no order of cosines, so neither ranking nor zero-shot classification needs it. Its final value is in
+`result.json`, for the probability that a single pair belongs together: sigmoid(scale * cosine + bias).
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
+
+from ..models.configuration_regvit import RegViTConfig
+from ..models.loading import fit_positions, open_backbone
+from ..models.modeling_regvit import RegViTModel
+from ..models.processing import default_image_processor, resized_processor, unknown_processor
+from ..training.distributed import from_first
+from .arguments import ImageTextArguments
+
+# The ids are 0 to 3. CLIPTextModel takes an end token with the id 2 for that of an old checkpoint.
+_PAD, _START, _UNKNOWN, _END = _SPECIAL = ["<|pad|>", "<|start|>", "<|unknown|>", "<|end|>"]
+
+
+class ImageTextNetwork(nn.Module):
+    """Dual encoder with the parameters of the loss.
+
+    Args:
+        encoder: Encoder of images and texts; its `logit_scale` is the logarithm of the factor of the cosines.
+        loss: "softmax" or "sigmoid", which sets the initial factor (1 / 0.07 or 10) and, for sigmoid, bias (-10).
+
+    Source: CLIP (arXiv 2103.00020) and SigLIP (arXiv 2303.15343, section 3.2) for the initial values.
+    """
+
+    accepts_loss_kwargs = False  # otherwise Trainer would not divide the loss by the number of micro-batches
+
+    def __init__(self, encoder: VisionTextDualEncoderModel, loss: str) -> None:
+        super().__init__()
+        self.encoder, is_sigmoid = encoder, loss == "sigmoid"
+        nn.init.constant_(encoder.logit_scale, math.log(10 if is_sigmoid else 1 / 0.07))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if is_sigmoid else None
+
+    def forward(self, pixel_values: Tensor, **tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return the embeddings (b, D) of images and texts, of length 1, and factor and bias of the logits."""
+        outputs = self.encoder(pixel_values=pixel_values, **tokens)
+        return outputs.image_embeds, outputs.text_embeds, self.encoder.logit_scale.exp(), self.logit_bias
+
+
+def build_network(
+    args: ImageTextArguments, texts: Iterable[str]
+) -> tuple[ImageTextNetwork, VisionTextDualEncoderProcessor]:
+    """Open or create both encoders, and return the network with the processor of images and texts.
+
+    Args:
+        args: Options of the run.
+        texts: Texts to train a tokenizer on, if the text encoder is new.
+
+    Raises:
+        ValueError: A model cannot be used, or the image size is not a multiple of the patch size.
+        OSError: A model cannot be read.
+    """
+    transformers.set_seed(args.seed)
+    tower, image_processor = _vision_model(args)
+    text_model, tokenizer = _new_text_model(args, texts) if args.text_model is None else _open_text_model(args)
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+        tower.config, text_model.config, projection_dim=args.projection_dim
+    )
+    encoder = VisionTextDualEncoderModel(config, vision_model=tower, text_model=text_model).train()
+    return ImageTextNetwork(encoder, args.loss), VisionTextDualEncoderProcessor(image_processor, tokenizer)
+
+
+def _vision_model(args: ImageTextArguments) -> tuple[RegViTModel, Any]:
+    """Return the vision model and its image processor."""
+    if args.init_from is None:
+        fields = args.subset("image_size", "patch_size", "num_register_tokens", "layerscale_value")
+        return RegViTModel(RegViTConfig.from_preset(args.preset, **fields)), default_image_processor(args.image_size)
+    tower = open_backbone(args.init_from, use_mask_token=False)
+    if tower.image_processor is None:
+        raise unknown_processor(tower)
+    if not tower.config.use_cls_token:
+        raise ValueError(f"'{args.init_from}' has no CLS token, which stands for the image. Use a model that has one.")
+    if not tower.config.num_register_tokens:
+        tower.resize_register_tokens(args.num_register_tokens, seed=args.seed)
+    fit_positions(tower, args.image_size, option="image_size")
+    return tower, resized_processor(tower.image_processor, args.image_size)
+
+
+def _new_text_model(args: ImageTextArguments, texts: Iterable[str]) -> tuple[Any, Any]:
+    """Return CLIP's text transformer with random weights, and a byte-level BPE tokenizer trained on the texts."""
+    import tokenizers
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.NFC(), tokenizers.normalizers.Lowercase()]
+    )
+    model.pre_tokenizer, model.decoder = ByteLevel(add_prefix_space=True), tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=args.vocab_size, special_tokens=_SPECIAL, initial_alphabet=ByteLevel.alphabet(), show_progress=False
+    )
+    if args.process_index == 0:
+        model.train_from_iterator(texts, trainer)
+    model = tokenizers.Tokenizer.from_str(from_first(model.to_str()))
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{_START} $A {_END}", special_tokens=[(_START, 1), (_END, 3)]
+    )
+    names = {"pad_token": _PAD, "bos_token": _START, "unk_token": _UNKNOWN, "eos_token": _END}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, model_max_length=args.max_text_tokens, **names
+    )
+    width = args.text_hidden_size
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=args.text_layers,
+        num_attention_heads=width // 64, max_position_embeddings=args.max_text_tokens, hidden_act="gelu",
+        projection_dim=args.projection_dim, pad_token_id=0, bos_token_id=1, eos_token_id=3,
+    )  # fmt: skip
+    return transformers.CLIPTextModel(config), tokenizer
+
+
+def _open_text_model(args: ImageTextArguments) -> tuple[Any, Any]:
+    """Return a pretrained text encoder and its tokenizer.
+
+    Raises:
+        ValueError: It has no pooled output.
+    """
+    name = str(args.text_model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, args.max_text_tokens)
+    model = transformers.AutoModel.from_pretrained(name, use_safetensors=True)
+    is_text = model.main_input_name == "input_ids" and hasattr(model.config, "hidden_size")
+    with torch.no_grad():
+        outputs = model(**tokenizer(["a"], return_tensors="pt")) if is_text else None
+    if getattr(outputs, "pooler_output", None) is None:
+        raise ValueError(
+            f"text_model '{name}' ({type(model).__name__}) is not a text encoder with a pooled output. Use "
+            "one such as BERT, RoBERTa or CLIPTextModel."
+        )
+    return model, tokenizer

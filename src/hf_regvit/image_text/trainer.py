@@ -1,0 +1,108 @@
+"""The Trainer of images with texts: the optimizer groups and the step."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from ..data.augmentation import normalize_pixels
+from ..training.finite import without_ids
+from ..training.run_folder import names_digest
+from ..training.samplers import EpochSampler
+from ..training.trainer import RunTrainer
+from .arguments import ImageTextArguments
+from .captions import CaptionedImages, ImageTextDataset
+from .losses import sigmoid_loss, softmax_loss
+from .network import ImageTextNetwork
+
+_TOKENS = ("position_embeddings", "cls_token", "register_tokens")
+
+
+class ScaleLimit(TrainerCallback):
+    """Callback that keeps the factor of the cosines between 1 and 100 after every step, as OpenCLIP does."""
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Clamp the logarithm of the factor."""
+        kwargs["model"].encoder.logit_scale.data.clamp_(0, math.log(100))
+
+
+def collate_pairs(tokenizer: Any, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Return `pixel_values` (b, 3, S, S) uint8, the tokens padded to the longest text, and ids."""
+    tokens = tokenizer([item["text"] for item in items], padding=True, truncation=True, return_tensors="pt")
+    ids = {name: torch.tensor([item[name] for item in items]) for name in ("sample_ids", "epochs")}
+    return {"pixel_values": torch.stack([item["pixel_values"] for item in items]), **tokens, **ids}
+
+
+class ImageTextTrainer(RunTrainer):
+    """`RunTrainer` with a contrastive loss of images and texts.
+
+    Args:
+        network: Network to train.
+        args: Options of the run.
+        images: Images with texts.
+        processor: `VisionTextDualEncoderProcessor` of the network.
+        callbacks: Additional trainer callbacks.
+    """
+
+    args: ImageTextArguments
+    model: ImageTextNetwork
+    fixed_options = ("loss",)
+
+    def __init__(
+        self,
+        network: ImageTextNetwork,
+        args: ImageTextArguments,
+        images: CaptionedImages,
+        *,
+        processor: Any,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.images, self._image_processor = images, processor.image_processor
+        super().__init__(
+            network,
+            args,
+            train_dataset=ImageTextDataset(images, args),
+            train_collator=partial(collate_pairs, processor.tokenizer),
+            sampler=EpochSampler(len(images.source), seed=args.seed, images_per_step=args.images_per_step),
+            names=images.source.ids,
+            callbacks=[ScaleLimit(), *callbacks],
+        )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the parameters with and without weight decay; only matrices decay.
+
+        Source: OpenCLIP, which excludes gains, biases and the scale.
+        """
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in self.model.named_parameters():
+            groups[parameter.ndim > 1 and not name.endswith(_TOKENS)].append(parameter)
+        return [{"params": group, "weight_decay": self.args.weight_decay * has} for has, group in groups.items()]
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss of this process, whose mean over all processes is that of the whole batch."""
+        batch, processor = without_ids(inputs), self._image_processor
+        pixels = normalize_pixels(batch.pop("pixel_values"), processor.image_mean, processor.image_std)
+        images, texts, scale, bias = model(pixel_values=pixels, **batch)
+        pairs = images.float(), texts.float()
+        loss = softmax_loss(*pairs, scale=scale) if bias is None else sigmoid_loss(*pairs, scale=scale, bias=bias)
+        self.guard.see_batch(inputs.get("sample_ids"), inputs.get("epochs"), {"loss": loss})
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        norm = torch.as_tensor(super()._clip_grad_norm(model))
+        self.guard.see_gradients({"model": norm})
+        return norm
+
+    def step_values(self) -> Mapping[str, float]:
+        """Return the factor of the cosines."""
+        return {"logit_scale": self.model.encoder.logit_scale.exp().item()}
+
+    def data_facts(self) -> dict[str, Any]:
+        """Return the number of images and hashes of their names and texts."""
+        names, texts = names_digest(self.images.source.ids), names_digest(self.images.corpus())
+        return {"images": len(self.images.source), "names_sha256": names, "texts_sha256": texts}

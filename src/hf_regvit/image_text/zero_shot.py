@@ -1,0 +1,84 @@
+"""Zero-shot classification: compare images with sentences on the classes."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data.decoding import BadImageError
+from ..data.source import ImageSource
+from ..evaluation.intervals import bootstrap_interval
+from ..models.results import Record
+from ..models.tokens import TokenReader
+from .captions import class_prompts
+
+
+@torch.no_grad()
+def class_embeddings(encoder: Any, tokenizer: Any, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Return one vector of length 1 per class, (C, D): the normalized mean of the embeddings of its sentences.
+
+    Args:
+        encoder: `VisionTextDualEncoderModel` in eval mode.
+        tokenizer: Its tokenizer.
+        class_names: Names of the C classes; underscores become spaces.
+        templates: Sentences with {} for the name.
+
+    Source: CLIP (arXiv 2103.00020, section 3.1.4), which averages in the space of the embeddings.
+    """
+    means = []
+    for name in class_names:
+        tokens = tokenizer(class_prompts(name, templates), padding=True, truncation=True, return_tensors="pt")
+        pooled = encoder.text_model(**tokens.to(encoder.device))[1]
+        means.append(F.normalize(encoder.text_projection(pooled), dim=-1).mean(dim=0))
+    return F.normalize(torch.stack(means), dim=-1)
+
+
+@torch.no_grad()
+def zero_shot(
+    encoder: Any,
+    processor: Any,
+    images: ImageSource,
+    *,
+    templates: Sequence[str] = ("a photo of a {}.",),
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Record:
+    """Classify labeled images by the most similar class.
+
+    Args:
+        encoder: `VisionTextDualEncoderModel` with a RegViT. It is put into eval mode.
+        processor: Its `VisionTextDualEncoderProcessor`.
+        images: Labeled images with class names. Those that cannot be read are left out.
+        templates: Sentences with {} for the class name.
+        batch_size: Number of images per forward pass.
+        seed: Random seed of the interval.
+
+    Returns:
+        `top1`, its 95 % bootstrap `interval` over the images, `chance` (1 / number of classes), and `images`, their
+        number.
+
+    Raises:
+        ValueError: The images have no class names, or none of them can be read.
+    """
+    names = images.label_names or ()
+    transform = TokenReader(encoder.eval().vision_model, processor.image_processor).transform
+    read: list[tuple[Tensor, int]] = []
+    correct: list[Tensor] = []
+    classes = class_embeddings(encoder, processor.tokenizer, names, templates) if names else None  # (C, D)
+    for index, label in enumerate(images.labels or ()):
+        with suppress(BadImageError):
+            read.append((transform(images[index].image), label))
+        if classes is not None and read and (len(read) == batch_size or index == len(images) - 1):
+            pixels, labels = torch.stack([one for one, _ in read]), torch.tensor([one for _, one in read])
+            embeddings = encoder.visual_projection(encoder.vision_model(pixels.to(encoder.device))[1])
+            correct.append((embeddings @ classes.T).argmax(dim=-1).cpu() == labels)  # lengths change no order
+            read = []
+    if not correct:
+        raise ValueError(f"'{images.name}' has no labeled images with class names that can be read. Give others.")
+    values = torch.cat(correct).numpy().astype(np.float64)
+    interval = bootstrap_interval(values, seed=seed)
+    return {"top1": values.mean(), "interval": interval, "chance": 1 / len(names), "images": len(values)}

@@ -1,0 +1,110 @@
+"""Training on images with texts as a whole: the result folder, resuming, the bias of the sigmoid loss."""
+
+import json
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
+
+from builders import SignalAt, json_lines, tinted, tinted_folder
+from hf_regvit import RegViTModel
+from hf_regvit.image_text.run import train_image_text
+from hf_regvit.models.saving import read_json
+from hf_regvit.training.signals import TrainingInterrupted
+from tiny_image_text import arguments, captioned_folder
+from tiny_run import same_state
+
+pytestmark = pytest.mark.slow  # each test is one or more whole runs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return captioned_folder(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A finished run with the sigmoid loss and an evaluation: its arguments and its encoder."""
+    folder = tmp_path_factory.mktemp("runs")
+    classes = tinted_folder(folder / "classes", train=4, validation=4)
+    args = arguments(folder / "run", data, loss="sigmoid", eval_data=str(classes), diagnosis_images=10)
+    return args, train_image_text(args)
+
+
+def test_the_result_folder_loads_with_transformers(finished):
+    args, encoder = finished
+    loaded = VisionTextDualEncoderModel.from_pretrained(args.folder).eval()
+    processor = VisionTextDualEncoderProcessor.from_pretrained(args.folder)
+    inputs = processor(text=["a red picture", "blue"], images=[tinted(0, 1)], padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        expected, outputs = encoder(**inputs), loaded(**inputs)
+    assert outputs.logits_per_image.shape == (1, 2)
+    torch.testing.assert_close(outputs.logits_per_image, expected.logits_per_image, atol=1e-5, rtol=0)
+    assert isinstance(loaded.vision_model, RegViTModel)
+    assert processor.tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True).strip() == "a red picture"
+
+
+def test_the_vision_model_alone_is_a_regvit(finished):
+    args, encoder = finished
+    backbone = RegViTModel.from_pretrained(args.folder / "backbone")
+    assert same_state(backbone.state_dict(), encoder.vision_model.state_dict())
+    assert (args.folder / "backbone" / "preprocessor_config.json").is_file()
+
+
+def test_the_bias_is_in_the_checkpoints_and_in_the_result_file(finished):
+    args, encoder = finished
+    saved = load_file(args.folder / "checkpoint-4" / "model.safetensors")
+    result = read_json(args.folder / "result.json")
+    assert saved["logit_bias"].item() == result["logit_bias"] != -10
+    assert result["logit_scale"] == pytest.approx(encoder.logit_scale.exp().item())
+    assert "logit_bias" not in load_file(args.folder / "model.safetensors")
+
+
+def test_the_result_file_has_accuracies_and_the_diagnosis(finished):
+    args, _ = finished
+    result = read_json(args.folder / "result.json")
+    for name in ("zero_shot", "linear_probe"):
+        low, high = result[name]["interval"]
+        assert 0 <= low <= result[name]["top1"] <= high <= 1
+        assert result[name]["images"] == 12
+    assert result["zero_shot"]["chance"] == pytest.approx(1 / 3)
+    before, after = result["artifacts"]["before"], result["artifacts"]["after"]
+    assert before["num_images"] == after["num_images"] == 10
+    assert before["max"] != after["max"]
+    assert result["steps"] == 4
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_a_resumed_run_equals_an_uninterrupted_one(loss, data, tmp_path):
+    whole = train_image_text(arguments(tmp_path / "whole", data, loss=loss))
+    with pytest.raises(TrainingInterrupted):
+        train_image_text(arguments(tmp_path / "parts", data, loss=loss), callbacks=[SignalAt(1)])
+    resumed = train_image_text(arguments(tmp_path / "parts", data, loss=loss, resume_from_checkpoint="last"))
+    assert same_state(whole.state_dict(), resumed.state_dict())
+    states = [load_file(tmp_path / name / "checkpoint-4" / "model.safetensors") for name in ("whole", "parts")]
+    assert same_state(*states)
+
+
+def test_a_run_with_other_texts_or_another_loss_does_not_resume(data, tmp_path):
+    train_image_text(arguments(tmp_path / "run", data))
+    with pytest.raises(ValueError, match="loss is sigmoid, but the checkpoint was written with softmax"):
+        train_image_text(arguments(tmp_path / "run", data, loss="sigmoid", resume_from_checkpoint="last"))
+    other = captioned_folder(tmp_path / "other")
+    lines = json_lines(other / "metadata.jsonl")
+    lines[0]["text"] = "something else"
+    (other / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=r"data is .*texts_sha256"):
+        train_image_text(arguments(tmp_path / "run", other, resume_from_checkpoint="last"))
+
+
+def test_the_run_learns_which_text_belongs_to_an_image(data, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    classes = tinted_folder(tmp_path / "classes", train=4, validation=8)
+    run = {"max_steps": 40, "learning_rate": 3e-3, "save_strategy": "no", "eval_data": str(classes)}
+    train_image_text(arguments(tmp_path / "run", data, templates=["a {} picture"], **run))
+    result = read_json(tmp_path / "run" / "result.json")
+    assert result["zero_shot"]["top1"] >= 0.6  # chance is a third
+    lines = [line["loss"] for line in json_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert lines[-1] < lines[0]
