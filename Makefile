@@ -30,7 +30,7 @@ $(BIN)/python:
 
 $(VENV)/installed: pyproject.toml | $(BIN)/python
 	@echo "Installing hf_regvit into $(VENV): torch is large, so the first installation takes some minutes."
-	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet -e ".[train,samples]"
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
