@@ -64,7 +64,7 @@ def test_images_that_cannot_be_read_are_left_out(built, tmp_path):
 
 def test_images_without_class_names_are_refused(built, tmp_path):
     write(tmp_path / "0.png")
-    with pytest.raises(ValueError, match="has no labeled images with class names"):
+    with pytest.raises(ValueError, match="has no class names"):
         zero_shot(*built, load_images(tmp_path))
 
 
