@@ -12,6 +12,9 @@ ENGINES := tests/hub/test_export.py
 NUMERIC := $(addprefix tests/,models data evaluation diagnosis figures training pretraining finetuning parity)
 # An error has to stay below this share of its tolerance, so that another order of summation does not matter.
 ERROR_SHARE := --max-error-share 0.2
+# Computing as on a processor without AVX-512, and as on one without AVX2.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+NO_AVX2 := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
 # The lowest supported version of transformers and the last two with which the package was developed.
 TRANSFORMERS := 5.15.0 5.23.0 5.24.0
 
@@ -27,7 +30,7 @@ $(BIN)/python:
 
 $(VENV)/installed: pyproject.toml | $(BIN)/python
 	@echo "Installing hf_regvit into $(VENV): torch is large, so the first installation takes some minutes."
-	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet -e ".[train,samples]"
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
@@ -51,17 +54,19 @@ test-attacks: $(VENV)/installed-dev ## run the attacks: full disks, killed write
 	$(PYTEST) -m attacks tests/attacks
 
 test-processors: $(VENV)/installed-dev ## run the numeric tests as on processors without AVX-512 and without AVX2
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(ERROR_SHARE) $(NUMERIC)
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) $(ERROR_SHARE) $(NUMERIC)
+	$(AVX2) $(PYTEST) $(ERROR_SHARE) $(NUMERIC)
+	$(NO_AVX2) $(PYTEST) $(ERROR_SHARE) $(NUMERIC)
 
-test-transformers: $(VENV)/installed-dev ## run the fast tests with the other supported versions of transformers
+test-transformers: $(VENV)/installed-dev ## run the fast tests with other versions of transformers, each as on another processor
 	set -e; installed=$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("transformers"))'); \
+	processor="$(AVX2)"; \
 	for version in $(TRANSFORMERS); do \
 	    if [ $$version = $$installed ]; then echo "transformers $$version is the installed one (make test)"; continue; fi; \
 	    folder=.cache/environments/transformers-$$version; \
 	    [ $$folder/installed -nt pyproject.toml ] || $(BIN)/python scripts/dev/make_environment.py $$version; \
 	    touch $$folder/installed; \
-	    OMP_NUM_THREADS=1 $$folder/bin/python -m pytest $(PYTEST_OPTIONS) --ignore $(ENGINES); done
+	    env $$processor OMP_NUM_THREADS=1 $$folder/bin/python -m pytest $(PYTEST_OPTIONS) $(ERROR_SHARE) --ignore $(ENGINES); \
+	    processor="$(NO_AVX2)"; done
 
 check: $(VENV)/installed-dev ## check lint, formatting and types
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,12 @@ _may_skip = not os.environ.get("CI") or bool(os.environ.get("REGVIT_WITHOUT_SHAR
 requires_shared = pytest.mark.skipif(
     shared_dir() is None and _may_skip, reason="needs ../shared (golden files and data sets), which does not exist"
 )
+
+
+def slow_except(names: Iterable[str], *fast: str) -> list[Any]:
+    """Return the parameters of a test that takes seconds, all slow but those that stand for the others."""
+    assert set(fast) <= set(names)
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def load_script(path: str) -> ModuleType:

@@ -140,6 +140,25 @@ def test_questions_have_answers_and_threads():
     assert len(re.findall(r"https://github\.com/[\w-]+/[\w-]+/(?:issues|pull)/\d+", page)) >= 20
 
 
+def texts_of_the_source():
+    """All strings of the package, with "..." in place of what is inserted, one message a line."""
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(text_of(path))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_troubleshooting_quotes_the_messages_of_this_version():
+    quoted = re.findall(r"^### `(.*)`$", text_of(DOCS / "troubleshooting.md"), flags=re.M)
+    assert len(quoted) >= 20
+    texts = "\n".join(texts_of_the_source())
+    inserted = r"'?\.\.\.'?"
+    patterns = {message: inserted.join(map(re.escape, re.split(inserted, message))) for message in quoted}
+    assert [message for message, pattern in patterns.items() if not re.search(pattern, texts)] == []
+
+
 # Questions from the issues of other projects, numbered as in two lists of the specification, and the anchors of their
 # answers.
 ANSWERS_TO_PAPER_USERS = {

@@ -191,6 +191,7 @@ def test_nan_is_named():
         Explorer({"broken": TokenReader(model, default_image_processor(32))}, reference=[noise(0, SIZE)])
 
 
+@pytest.mark.slow
 def test_settings_of_dense_features_set_the_first_view_and_average_views(tmp_path):
     settings = FeatureSettings(layer=2, views=4, image_size=48, pool_to_grid=True)
     settings.save(tmp_path / "dense_settings.json")

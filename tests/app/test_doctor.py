@@ -134,6 +134,9 @@ def test_an_opencv_that_cannot_be_imported_is_named(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "cv2", None)
     assert doctor._opencv().state == "bad"
+    monkeypatch.setattr(doctor, "version", lambda name: (_ for _ in ()).throw(PackageNotFoundError(name)))
+    assert "pip install 'hf_regvit[train]'" in doctor._opencv().text
+    assert doctor._opencv().state == "ok"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,7 +12,9 @@ from builders import tiny_model
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.diagnosis.comparison import compare_checkpoints
 from hf_regvit.diagnosis.diagnose import diagnose
+from hf_regvit.evaluation.report import EvaluationReport, EvaluationTable, Score
 from hf_regvit.figures.diagnosis_page import write_comparison, write_report
+from hf_regvit.figures.evaluation_page import write_evaluation
 from hf_regvit.models.processing import default_image_processor
 
 pytestmark = pytest.mark.browser
@@ -122,6 +125,33 @@ def test_slider_changes_the_layer(browser, report, tmp_path):
         page.locator("#layer").fill(str(layer))
         assert page.locator(".layer:visible").get_attribute("data-layer") == str(layer)
         assert page.locator("output").inner_text() == str(layer)
+    page.close()
+
+
+def score(task, metric, rows):
+    what = {"task": task, "variant": "", "metric": metric, "protocol": f"how {task} is measured", "settings": {}}
+    ids = [str(i) for i in range(len(rows))]
+    return Score.measured(np.array(rows), ids=ids, data="pets", seed=0, num_train=30, seconds=1.0, **what)
+
+
+@pytest.mark.parametrize(("name", "screen"), SCREENS)
+def test_the_page_of_an_evaluation(browser, screenshots, tmp_path, name, screen):
+    names = ("a <b>", "vit_tiny_patch16_224_with_a_long_name/backbone")
+    scores = [
+        (score("knn", "top1", [1.0] * hits + [0.0] * (20 - hits)), score("depth", "rmse", np.linspace(0.2, top, 5)))
+        for hits, top in ((10, 0.6), (15, 0.5))
+    ]
+    table = EvaluationTable(
+        tuple(EvaluationReport(one, "pets", 0, {}, both) for one, both in zip(names, scores, strict=True))
+    )
+    path = write_evaluation(table, tmp_path / "report.html")
+    page = opened(browser, path, f"evaluation_{name}", screen, screenshots)
+    assert page.locator(".verdict").all_inner_texts() == table.verdicts()
+    assert page.locator(".chart svg").count() == 2  # percent and meters
+    assert page.locator("table tbody tr").count() == 4
+    titles = page.locator(".chart title").all_text_contents()
+    assert [text.split(":")[0] for text in titles[:2]] == [f"{one}, Weighted kNN, top1" for one in names]
+    assert page.locator("li").first.inner_text() == "knn: how knn is measured"
     page.close()
 
 

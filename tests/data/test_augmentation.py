@@ -1,6 +1,7 @@
 """Resize, colour operations, the parameters of a view, and the multi-crop of DINOv2."""
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torchvision.transforms import RandomResizedCrop
 from hf_regvit.data import augmentation as A
 from hf_regvit.data import builtin
 from hf_regvit.data.augmentation import MultiCrop, ViewParameters
+from hf_regvit.data.joint_transform import JointTransform
 from hf_regvit.models import processing
 from hf_regvit.pretraining.crops import MultiCropDataset
 from hf_regvit.training.samplers import EpochSampler
@@ -370,6 +372,16 @@ def test_multi_crop_workers_and_the_order_of_calls_change_no_pixel(tiles, num_wo
 def test_multi_crop_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         MultiCrop(**options)
+
+
+def test_missing_packages_of_extras_are_named(monkeypatch, tiles):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    for start in (lambda: MultiCropDataset(tiles, MultiCrop(32, 16), seed=0), lambda: JointTransform((32, 32))):
+        with pytest.raises(ImportError, match=r"need OpenCV\. Run: pip install 'hf_regvit\[train\]'"):
+            start()
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(ImportError, match=r"part of scikit-image\. Run: pip install 'hf_regvit\[samples\]'"):
+        builtin.builtin_images()
 
 
 def test_options_of_dinov3_no_flip(photo):

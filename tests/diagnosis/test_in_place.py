@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from builders import tiny_model, tiny_source
+from helpers import slow_except
 from hf_regvit import ConversionError, RetrofitError, add_test_time_registers, convert, diagnose, repair_in_place
 from hf_regvit.diagnosis.controls import register_controls
 from hf_regvit.diagnosis.register_neurons import find_register_neurons
@@ -63,7 +64,7 @@ def test_a_repair_in_place_equals_the_retrofit(family):
     assert [type(part) for part in model.modules()] == [type(part) for part in MODELS[family]().modules()]
 
 
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("family", slow_except(OTHERS, "dinov3"))
 def test_a_planted_neuron_is_repaired_in_place(family):
     seen = sample(64, seed=0)
     model = MODELS[family]()

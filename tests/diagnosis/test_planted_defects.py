@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import BitImageProcessor
 
+from helpers import slow_except
 from hf_regvit import diagnose
 from hf_regvit.diagnosis.register_neurons import find_register_neurons
 from hf_regvit.diagnosis.retrofit import RetrofitError, retrofit
@@ -18,7 +19,7 @@ from hf_regvit.models.tokens import TokenReader
 from planted_defects import MODELS, PROCESSOR, QUIET, Sample, plant_neuron, plant_sink, sample
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", slow_except(MODELS, "regvit", "clip", "dinov3"))
 def test_a_planted_neuron_is_the_first_of_the_search(family):
     seen, other = sample(64, seed=0), sample(32, seed=1)
     model = MODELS[family]()
@@ -80,7 +81,9 @@ def two_populations(family, seen, *, second=True):
     return model
 
 
-@pytest.mark.parametrize("family", ["regvit", "dinov2", "gated", "clip", "siglip", "dinov3", "vit"])
+@pytest.mark.parametrize(
+    "family", slow_except(["regvit", "dinov2", "gated", "clip", "siglip", "dinov3", "vit"], "siglip")
+)
 def test_two_populations_take_two_passes(family):
     both_kinds = sample(96, seed=0, kinds=2)
     model = two_populations(family, both_kinds)
@@ -95,7 +98,7 @@ def test_two_populations_take_two_passes(family):
     assert result.model.config.register_sizes == [96]
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", slow_except(MODELS, "regvit", "clip", "dinov3"))
 def test_one_register_repairs_a_planted_neuron(family):
     seen = sample(64, seed=0)
     model = MODELS[family]()
@@ -121,6 +124,7 @@ def test_one_population_takes_one_pass_and_none_is_refused():
         retrofit(MODELS["regvit"](), both_kinds.images, **QUIET)
 
 
+@pytest.mark.slow
 def test_the_number_of_passes_can_be_limited():
     both_kinds = sample(96, seed=0, kinds=2)
     model = two_populations("regvit", both_kinds)
@@ -140,6 +144,7 @@ def test_a_pass_that_does_not_remove_its_outliers_is_dropped():
     assert report.judged["after"]["layers_with_outliers"] == [4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_pass_that_changes_the_model_too_much_is_dropped(monkeypatch):
     both_kinds = sample(96, seed=0, kinds=2)
     model = two_populations("regvit", both_kinds)
@@ -150,6 +155,7 @@ def test_a_pass_that_changes_the_model_too_much_is_dropped(monkeypatch):
     assert len(report.passes) == 1
 
 
+@pytest.mark.slow
 def test_a_neuron_that_is_active_everywhere_is_never_chosen():
     both_kinds = sample(96, seed=0, kinds=2)
     model = two_populations("regvit", both_kinds, second=False)
@@ -159,6 +165,7 @@ def test_a_neuron_that_is_active_everywhere_is_never_chosen():
     assert report.neurons == [[1, 37]]
 
 
+@pytest.mark.slow
 def test_a_model_with_registers_keeps_them_and_gets_others():
     both_kinds = sample(96, seed=0, kinds=2)
     model = MODELS["regvit"]()
@@ -202,6 +209,7 @@ def cropping(size):
     return BitImageProcessor(do_resize=False, image_mean=[0.5] * 3, image_std=[0.25] * 3, **sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", [True, False])
 def test_sizes_are_tested_stored_and_warned_about(second, monkeypatch, tmp_path):
     """At 144 px, the crop shows cells of a second population that the search at 96 px cannot see."""

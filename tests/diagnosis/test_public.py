@@ -84,6 +84,7 @@ def test_diagnose_takes_a_source_of_load_images_and_a_timm_model(timm_model):
     assert report.emergence_layer == PLANTED[0] + 1
 
 
+@pytest.mark.slow
 def test_retrofit_takes_a_timm_model_and_a_folder(timm_model, image_folder, tmp_path):
     result = retrofit(timm_model, image_folder, top_k=2, progress=False)
     assert isinstance(result.model, RegViTModel)

@@ -23,7 +23,7 @@ from hf_regvit.data.parts import draw_images
 from hf_regvit.data.source import ImageSource, join_sources
 from hf_regvit.evaluation.cache import FrozenFeatures, fingerprint, image_digests, read_features
 from hf_regvit.evaluation.image_tasks import VectorSettings, option
-from hf_regvit.evaluation.intervals import bootstrap_interval, mean_iou, paired_difference
+from hf_regvit.evaluation.intervals import bootstrap_interval, mean_iou, paired_difference, wilson_interval
 from hf_regvit.evaluation.knn import few_shot_indices, knn_accuracy
 from hf_regvit.evaluation.linear import LinearGrid, logistic_path, train_linear_heads
 from hf_regvit.evaluation.lost import LostSettings
@@ -78,8 +78,8 @@ def features_of(model, data, part):
 
 def test_knn_is_that_of_the_plain_functions(data, report):
     train, judged = features_of(MODEL, data, "train"), features_of(MODEL, data, "validation")
-    assert [score.variant for score in report.scores if score.task == "knn"] == ["k=10", "k=20", "k=24"]
-    for k, accuracy in knn_accuracy(*train, *judged, k=(10, 20, 24)).items():
+    assert [score.variant for score in report.scores if score.task == "knn"] == ["k=8"]  # images of a class
+    for k, accuracy in knn_accuracy(*train, *judged, k=(8,)).items():
         score = score_of(report, "knn", f"k={k}")
         assert score.value == pytest.approx(accuracy)
         assert score.interval[0] <= score.value <= score.interval[1]
@@ -151,7 +151,9 @@ def clusters(count, seed, kind="CLS", blur=0.1):
 def test_every_task_tells_clusters_apart(kind):
     scores = list(score_features(clusters(30, 0, kind), clusters(12, 1, kind), **QUICK))
     assert {score.task for score in scores} == {"knn", "linear", "logistic", "few_shot", "retrieval"}
-    assert all(score.value == 1 and score.interval == (1, 1) for score in scores)
+    counted = wilson_interval(1, 12)
+    assert all(score.value == 1 for score in scores)
+    assert all(score.interval == (counted if score.metric == "top1" else (1, 1)) for score in scores)
     assert all(kind in score.protocol for score in scores)
     linear = next(score for score in scores if score.task == "linear")
     # The model has two blocks instead of the official four; the mean patch is added only to CLS vectors.
@@ -246,8 +248,8 @@ def test_models_without_cls_read_the_mean_patch(data):
     patches = [extract_features(open_model(siglip, processor=PROCESSOR), load_images(data, split=part)).patches.mean(1)
                for part in ("train", "validation")]  # fmt: skip
     labels = [torch.tensor(load_images(data, split=part).labels) for part in ("train", "validation")]
-    expected = knn_accuracy(patches[0], labels[0], patches[1], labels[1], k=(10,))[10]
-    assert score_of(report, "knn", "k=10").value == pytest.approx(expected)
+    expected = knn_accuracy(patches[0], labels[0], patches[1], labels[1], k=(8,))[8]
+    assert score_of(report, "knn", "k=8").value == pytest.approx(expected)
 
 
 # --- Intervals
@@ -287,6 +289,39 @@ def test_a_method_is_not_ahead_of_itself():
     assert ahead == pytest.approx(0.1) == pytest.approx(low) == pytest.approx(high)  # paired, so no spread remains
     with pytest.raises(ValueError, match="not of the same images"):
         paired_difference(rows, rows[:5], seed=0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [(240, (10, 20)), (30, (10,)), (12, (4,)), (2, (1,)), (3 * 200, (10, 20, 100, 200))],
+)  # fmt: skip
+def test_the_default_ks_are_those_that_a_class_has_images_for(labels, expected):
+    from hf_regvit.evaluation.image_tasks import Knn
+
+    assert Knn.Settings().numbers(torch.arange(labels) % 3) == expected
+
+
+def hit_report(name, hits):
+    """Report of one score with these hits."""
+    what = {"task": "knn", "variant": "k=5", "metric": "top1", "protocol": "p", "settings": {}, "num_train": 3}
+    ids = [str(i) for i in range(len(hits))]
+    score = Score.measured(np.array(hits, float), ids=ids, data="d", seed=0, seconds=1.0, **what)
+    return EvaluationReport(name, "d", 0, {}, (score,))
+
+
+def test_certain_scores_have_an_interval_after_wilson():
+    from scipy.stats import binomtest
+
+    reports = hit_report("a", [1] * 40), hit_report("b", [1] * 40), hit_report("c", [1] * 20 + [0] * 20)
+    low, high = binomtest(40, 40).proportion_ci(method="wilson")
+    assert reports[0].scores[0].interval == pytest.approx((low, high), abs=1e-6)
+    low, high = binomtest(0, 40).proportion_ci(method="wilson")
+    assert hit_report("", [0] * 40).scores[0].interval == pytest.approx((low, high), abs=1e-6)
+    same, worse = EvaluationTable(reports).verdicts()
+    assert same == f"knn: b shows no difference to a: +0.0 % [-{100 * high:.1f}, +{100 * high:.1f}] (top1, k=5)."
+    assert worse.startswith("knn: c is worse than a: -50.0 % [-65.0, ")
+    assert EvaluationTable(reports[::-1]).verdicts()[0].startswith("knn: b is better than c: +50.0 % [+35.0, ")
+    assert EvaluationTable(reports[:1]).verdicts() == []
 
 
 def test_mean_iou_of_rows_is_that_of_the_metric():
@@ -484,9 +519,9 @@ def test_model_index_is_what_the_hub_reads(report, data):
     assert index[0]["name"] == "someone/model"
     card = ModelCardData(model_name="model", eval_results=model_index_to_eval_results(index)[1])
     results = {(one.task_type, one.metric_type, one.metric_name): one for one in card.eval_results}
-    knn = results["image-classification", "accuracy", "Weighted kNN, top1, k=10"]
+    knn = results["image-classification", "accuracy", "Weighted kNN, top1, k=8"]
     # tolerance: a model index has four decimals
-    assert knn.metric_value == pytest.approx(score_of(report, "knn", "k=10").value, abs=1e-4)
+    assert knn.metric_value == pytest.approx(score_of(report, "knn", "k=8").value, abs=1e-4)
     assert knn.dataset_name == data.name  # not the path on this machine
     assert knn.metric_args["num_train_images"] == 24
     assert ("image-feature-extraction", "mean_average_precision", "Retrieval, map") in results
@@ -516,7 +551,10 @@ def test_models_are_compared_on_the_same_images(folders, data):
     assert ahead == pytest.approx(hits[1].mean() - hits[0].mean()) == pytest.approx(second.value - first.value)
     assert (low, high) == pytest.approx(bootstrap_interval(hits[1] - hits[0], seed=0))
     markdown = table.markdown()
-    assert "| ahead of a " in markdown
+    assert "| difference to a " in markdown
+    (verdict,) = table.verdicts()
+    assert verdict.endswith(f"to a: {second.show(ahead, (low, high), signed=True)} (top1, k=3).")
+    assert f"\n- {verdict}\n" in markdown
     assert second.show(ahead, (low, high), signed=True) in markdown
     loaded = EvaluationTable.load(table.save(folders / "out"))
     assert loaded == table

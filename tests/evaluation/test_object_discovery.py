@@ -331,7 +331,7 @@ def test_two_models_on_the_command_line(data, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("object discovery: CorLoc at IoU 0.5") == 2
     assert "best of 2 on 5 other images (seed 0)" in printed
-    assert "| ahead of a " in printed
+    assert "| difference to a " in printed
     assert cli.main([*args, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [one["model"] for one in result["results"]] == ["a", "b"]

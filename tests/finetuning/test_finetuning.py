@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from builders import PoisonAt, StopAt, WreckFrom, class_folder
 from hf_regvit.data.bad_images import TooManyBadImagesError
+from hf_regvit.evaluation.intervals import wilson_interval
 from hf_regvit.evaluation.metrics import ClassScores, TopKAccuracy
 from hf_regvit.figures import curves
 from hf_regvit.figures.curves import draw_finetuning_curves
@@ -27,7 +28,6 @@ from hf_regvit.finetuning.classification import (
     ImageClassification,
     classification_loss,
     training_transform,
-    wilson_interval,
 )
 from hf_regvit.finetuning.data import IGNORED, LabelError, MixingCollator, bad_images, class_weights, draws, open_data
 from hf_regvit.finetuning.model import choose_trained, open_for_task

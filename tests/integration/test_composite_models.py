@@ -196,6 +196,7 @@ def train_captioner(folder, *, scales_loss: bool = False, **options) -> VisionEn
     return model
 
 
+@pytest.mark.slow
 def test_a_captioning_model_trains_under_trainer_with_exact_accumulation(tmp_path):
     before = build_captioner()
     whole = train_captioner(tmp_path / "a", scales_loss=True, per_device_train_batch_size=4)

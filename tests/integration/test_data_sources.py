@@ -164,6 +164,7 @@ def arguments(tmp_path, name, source, **options) -> PretrainingArguments:
     return PretrainingArguments(**defaults | options)
 
 
+@pytest.mark.slow
 def test_runs_F01_F34_a_run_over_a_folder_with_a_bad_image(tmp_path, pictures):
     write_folder(tmp_path / "set", pictures)
     (tmp_path / "set" / "a" / "004.png").write_bytes(b"<!DOCTYPE html>")

@@ -56,6 +56,7 @@ def test_f54_a_nan_keeps_the_last_finite_checkpoint_and_names_the_images(tmp_pat
     assert json.loads((tmp_path / "metrics.json").read_text())["steps"] == 6
 
 
+@pytest.mark.slow
 def test_f58_a_full_disk_costs_one_checkpoint_and_no_run(tmp_path, monkeypatch, caplog):
     full = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     save = torch.save

@@ -212,6 +212,7 @@ def test_a_push_holds_what_loading_needs_and_nothing_private(tmp_path, hub, mode
     assert same_state(loaded.state_dict(), result.state_dict())
 
 
+@pytest.mark.slow
 def test_the_card_of_a_run_is_the_one_that_is_published(tmp_path):
     run(tmp_path / "run", num_train_epochs=1, mode="lora")
     bundle(tmp_path / "run", tmp_path / "bundle", card={"license": "mit"})

@@ -130,6 +130,7 @@ def trained_run(folder, **overrides):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_one_bit_for_bit(tmp_path):
     run = trained_run(tmp_path / "a", separate_ibot_head=True, ibot_head_num_prototypes=8)
     before = {}
@@ -157,6 +158,7 @@ def test_a_run_starts_from_another_one_bit_for_bit(tmp_path):
     assert before["dino_center.center"].any()
 
 
+@pytest.mark.slow
 def test_gram_anchoring_holds_on_to_the_teacher_that_a_run_starts_from(tmp_path):
     start = starting_point(trained_run(tmp_path / "a"), num_register_tokens=4, image_size=16)
     network = tiny_network(gram_loss_weight=2.0)
@@ -198,6 +200,7 @@ def test_a_checkpoint_is_finished_before_another_run_starts_from_it(tmp_path):
     assert same_state(start.teacher.state_dict(), teacher.state_dict())
 
 
+@pytest.mark.slow
 def test_other_centering_starts_with_centers_of_zero(tmp_path, caplog):
     run = trained_run(tmp_path / "a", max_steps=1, centering="sinkhorn")
     start = starting_point(run, num_register_tokens=4, image_size=16)
@@ -207,6 +210,7 @@ def test_other_centering_starts_with_centers_of_zero(tmp_path, caplog):
     assert not network.dino_center.center.any()
 
 
+@pytest.mark.slow
 def test_another_crop_size_resamples_positions_of_both_halves(tmp_path):
     run = trained_run(tmp_path / "a")
     start = starting_point(run, num_register_tokens=4, image_size=24)

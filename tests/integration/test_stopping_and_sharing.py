@@ -260,6 +260,7 @@ def test_files_get_the_permissions_of_the_umask(tmp_path, umask):
 # ---- As one would guess ----
 
 
+@pytest.mark.slow
 def test_the_two_jobs_from_python(tmp_path):
     for label, name in enumerate(("blue", "green", "red")):
         (tmp_path / "data" / name).mkdir(parents=True)

@@ -142,6 +142,7 @@ def test_a_push_that_is_slow_is_not_overtaken(hub, tmp_path, caplog, monkeypatch
     assert hub.messages("someone/tiny") == ["Training in progress, step 2", "End of training"]
 
 
+@pytest.mark.slow
 def test_a_push_takes_no_random_number_from_the_run(hub, tmp_path):
     """Once, initializing the uploaded model drew random numbers, so a resumed run with pushes ended differently."""
     states = []

@@ -149,6 +149,31 @@ def test_the_page_on_dense_features_runs(workplace):
     assert (workplace / "objects" / "report.json").is_file()
 
 
+@pytest.mark.slow
+def test_the_page_on_similar_images_runs(workplace):
+    """Run the page with a small model and one process for all its Python, which is one program in pieces."""
+    torch.manual_seed(0)  # LayerScale 1, or CLS would be the same for all images
+    config = RegViTConfig.from_preset(
+        "tiny", num_hidden_layers=2, image_size=32, patch_size=8, layerscale_value=1.0, initializer_range=0.2
+    )
+    save_model(RegViTModel(config), workplace / "random")
+    names = {"MODEL": "random", "FOLDER": "my_photos", "QUERY.jpg": "my_photos/cat.png"}
+    code = {"bash": "", "python": ""}
+    for language, block in BLOCK.findall((ROOT / "docs" / "how_to" / "search_a_folder.md").read_text()):
+        for word, small in names.items():
+            block = block.replace(word, small)
+        code[language] += block
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    options = {"cwd": workplace, "env": environment, "capture_output": True, "text": True, "check": False}
+    for command in (["bash", "-euc", code["bash"]], [sys.executable, "-c", code["python"]]):
+        done = subprocess.run(command, **options)
+        assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("1.000")
+    assert lines[0].endswith(".png")
+    assert float(lines[-1].removeprefix("recall of the 10 nearest: ")) >= 0.95
+
+
 def check_run_folder(folder: Path, text: str) -> None:
     """Check that the run folder has the files of the tutorial's table, except those that only some runs have."""
     names = re.findall(r"^\| (`.*?`) \|(?!.*if there were any)", text, flags=re.M)

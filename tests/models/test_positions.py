@@ -278,6 +278,7 @@ def test_half_precision_keeps_tables_in_float32(fields):
         assert model.double()(pixels).patch_tokens.dtype == torch.float64
 
 
+@pytest.mark.slow
 @kinds
 def test_compiled_without_a_graph_break(fields):
     model = build(**fields)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from builders import in_fresh_memory, randomized, tiny_source
+from helpers import slow_except
 from hf_regvit import ConversionError, RegViTModel, convert, convert_back, diagnose, open_model, retrofit
 from hf_regvit.app import cli
 from hf_regvit.models.processing import default_image_processor
@@ -85,7 +86,7 @@ def planted_source(name: str):
     return source
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", slow_except(SOURCES, "siglip"))
 @torch.no_grad()
 def test_the_planted_neuron_of_a_tower_is_found_and_moved(name, tmp_path):
     source = planted_source(name)

@@ -77,6 +77,7 @@ def test_tensors_and_notes_come_back(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors"}
 
 
+@pytest.mark.slow
 def test_a_dead_process_leaves_nothing_for_long(tmp_path):
     """A process is killed while it writes a file and a folder; the next one to write there cleans up."""
     program = (

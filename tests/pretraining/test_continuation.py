@@ -197,6 +197,7 @@ def test_merged_updates_equal_the_adapter_that_peft_loads(family, tmp_path):
     assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["r"] == 8
 
 
+@pytest.mark.slow
 def test_the_result_of_updates_can_be_continued_with_all_parameters(tmp_path):
     first = tmp_path / "first"
     continued(first, own_model(tmp_path / "source"))
@@ -377,6 +378,7 @@ def test_masks_are_cut_as_their_images_are():
     assert labels[0].unflatten(0, (4, 4))[0].tolist() == [1, 1, 2, 2]
 
 
+@pytest.mark.slow
 def test_the_teacher_is_compared_with_the_start_and_the_best_is_kept(tmp_path):
     data = tinted_folder(tmp_path / "data", ("red", "blue"), train=12, validation=4)
     source = own_model(tmp_path / "source")
@@ -519,6 +521,7 @@ def test_memory_is_stated_before_the_first_step_and_advice_follows_if_it_is_shor
     assert "--mode lora or last_blocks (fewer moments of Adam)" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_tower_without_cls_has_all_measurements_and_panels(tmp_path):
     data = tinted_folder(tmp_path / "data", ("red", "blue"), train=6, validation=3)
     tiny_source("SiglipVisionModel", image_size=16, patch_size=4, hidden_size=16).save_pretrained(tmp_path / "source")

@@ -202,6 +202,7 @@ def saved_teacher(folder, **fields):
     return str(builders.save_model(model, folder, model.image_processor))
 
 
+@pytest.mark.slow
 def test_the_complete_job_writes_a_student_that_auto_classes_load(tmp_path):
     teachers = [saved_teacher(tmp_path / "a"), saved_teacher(tmp_path / "b", seed=8)]
     saving = {"save_strategy": "steps", "save_steps": 6}

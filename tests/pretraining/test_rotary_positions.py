@@ -47,6 +47,7 @@ def test_tokens_of_the_losses_equal_those_of_the_model():
     torch.testing.assert_close(rows, output.patch_tokens.flatten(0, 1)[patches], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_with_all_phases(tmp_path):
     """Local crops, larger crops at the end, Gram anchoring and augmented coordinates."""
     larger = 6 * PATCH

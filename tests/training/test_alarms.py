@@ -90,6 +90,7 @@ def test_f54_the_capture_suffices_to_repeat_the_step(tmp_path):
     assert len(losses) > 1
 
 
+@pytest.mark.slow
 def test_f54_a_gradient_that_is_infinite_stops_the_run(tmp_path):
     class Poison(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -271,6 +272,7 @@ def test_f56_the_warm_up_is_that_of_the_schedule(tmp_path):
     assert alarms.first_step == 40
 
 
+@pytest.mark.slow
 def test_f56_stop_on_collapse_ends_the_run(tmp_path):
     """Prototypes of length zero keep the targets uniform."""
 

@@ -152,7 +152,7 @@ class EvaluateArguments:
     )
     train_data: str | None = option(None, "Training images, for fitting and selecting probes.", "--train_dir")
     tasks: list[str] = option(["knn", "linear"], "Tasks to run.")
-    output_dir: str = option("evaluation", "Output folder for report.json and report.md.")
+    output_dir: str = option("evaluation", "Output folder for report.json, report.md and report.html.")
     cache_dir: str | None = option(None, "Cache folder for features. Default: features/ in --output_dir.")
     device: str = option("auto", _DEVICE)
     seed: int = option(0, "Random seed for splits, sampling and confidence intervals.")

@@ -191,17 +191,19 @@ def _dense(arguments: Any) -> Outcome:
 def _evaluate(arguments: Any) -> Outcome:
     from ..evaluation.report import EvaluationTable
     from ..evaluation.run import compare_backbones
+    from ..figures.evaluation_page import write_evaluation
     from ..hub.exported_reader import open_exported
 
     def keep(table: EvaluationTable) -> None:  # called after each model, so a later failure loses no earlier result
         with keeping(table.markdown):
             table.save(arguments.output_dir)
+            write_evaluation(table, f"{arguments.output_dir}/report.html")
 
     check_space(arguments.output_dir, _REPORT_BYTES)
     models = [open_exported(model) for model in arguments.model]
     table = compare_backbones(models, arguments.data, on_report=keep, **arguments.settings())
     lost = ["\n  ".join([one.model, *one.lost.lines(one.seed)]) + "\n" for one in table.reports if one.lost]
-    path = {"report": f"{arguments.output_dir}/report.json"}
+    path = {"report": f"{arguments.output_dir}/report.json", "page": f"{arguments.output_dir}/report.html"}
     result = path | {"results": [report.summary() for report in table.reports]}
     return Outcome(result, "\n".join([table.markdown(), *lost]), path)
 

@@ -1,5 +1,6 @@
 """Checks of the installation: versions, devices, known conflicts, disk space, the Hub and a short self-test."""
 
+import importlib.util
 import os
 import platform
 import re
@@ -23,7 +24,7 @@ _PACKAGES = (
     "torch", "torchvision", "transformers", "accelerate", "datasets", "huggingface-hub", "evaluate", "safetensors",
     "numpy", "pillow",
 )  # fmt: skip
-_EXTRAS = ("timm", "gradio", "peft", "trackio")
+_EXTRAS = ("scikit-image", "timm", "gradio", "peft", "tensorboard", "trackio", "wandb")
 _OPENCV = (
     "opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless"
 )  # fmt: skip
@@ -174,6 +175,8 @@ def _opencv() -> Finding:
     """Check OpenCV: four distributions install the module `cv2`, the last one wins, and removing any breaks it."""
     found = [f"{name} {number}" for name in _OPENCV if (number := _version(name))]
     advice = f"Keep only one: pip uninstall -y {' '.join(_OPENCV)}; pip install opencv-python-headless"
+    if not found and importlib.util.find_spec("cv2") is None:
+        return Finding(_OK, "not installed; training with augmentations needs it: pip install 'hf_regvit[train]'")
     try:
         import cv2
     except ImportError as error:

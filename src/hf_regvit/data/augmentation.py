@@ -12,6 +12,7 @@ slower and loses a fifth of the power at half the finest scale). Brightness, con
 pass each, hue is one addition in 8-bit HSV, the blur is separable, and one generator serves all views of an image.
 """
 
+import importlib.util
 import itertools
 import math
 from collections.abc import Sequence
@@ -39,6 +40,12 @@ _JITTER_ORDERS = tuple(itertools.permutations(range(4)))
 _BOX_TRIES = 10
 _FLIP, _JITTER, _ORDER, _AMOUNTS, _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE = 40, 41, 42, 43, 47, 48, 49, 50
 _NUMBERS_PER_VIEW = 64
+
+
+def require_opencv() -> None:
+    """Raise an ImportError that names the extra, unless OpenCV is installed."""
+    if importlib.util.find_spec("cv2") is None:
+        raise ImportError("Augmentations need OpenCV. Run: pip install 'hf_regvit[train]'")
 
 
 @dataclass(frozen=True)

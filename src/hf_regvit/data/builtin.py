@@ -27,7 +27,7 @@ def builtin_images() -> dict[str, Image.Image]:
     """Return the 21 full images behind `photos` by name, RGB at their original size. No network is needed.
 
     Raises:
-        ImportError: scikit-image or scikit-learn is not installed.
+        ImportError: scikit-image is not installed.
         BadImageError: An installed version does not include one of the files.
     """
     roots = {}
@@ -35,8 +35,7 @@ def builtin_images() -> dict[str, Image.Image]:
         spec = importlib.util.find_spec(package)  # avoids the import, which takes seconds
         if spec is None or not spec.submodule_search_locations:
             raise ImportError(
-                "The built-in images ('photos') need scikit-image and scikit-learn. "
-                "Run: pip install scikit-image scikit-learn"
+                "The built-in images ('photos') are part of scikit-image. Run: pip install 'hf_regvit[samples]'"
             )
         roots[package] = Path(spec.submodule_search_locations[0]).parent
     return {name: open_image(roots[file.split("/")[0]] / file) for name, file in _BUILTIN_IMAGES.items()}

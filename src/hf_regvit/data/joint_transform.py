@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from .augmentation import adjust_hue, adjust_saturation
+from .augmentation import adjust_hue, adjust_saturation, require_opencv
 from .maps import IGNORE, Array, DenseDataError
 
 
@@ -46,6 +46,7 @@ class JointTransform:
     fill: int = IGNORE
 
     def __post_init__(self) -> None:
+        require_opencv()
         if min(self.size) < 1 or not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"size={self.size} must be positive, and scale={self.scale} an ascending range above 0.")
 

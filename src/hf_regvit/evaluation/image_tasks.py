@@ -48,13 +48,19 @@ class VectorSettings:
 class NeighborSettings(VectorSettings):
     """Settings of votes of the nearest training images."""
 
-    knn_k: list[int] | None = option(None, "Numbers of nearest neighbors. Default: 10 20 100 200.")
+    knn_k: list[int] | None = option(
+        None,
+        "Numbers of nearest neighbors. Default: those of 10 20 100 200 that do not exceed the mean "
+        "number of training images of a class.",
+    )
     temperature: float = option(0.07, "Temperature of the kNN votes.")
 
-    def numbers(self, num_train: int) -> tuple[int, ...]:
-        """Return the numbers of neighbors: as given, or the official ones limited to the number of images."""
+    def numbers(self, labels: "Tensor") -> tuple[int, ...]:
+        """Return the numbers of neighbors: as given, or the official ones for which a class has enough images."""
+        num_train = len(labels)
         if self.knn_k is None:
-            return tuple(dict.fromkeys(min(k, num_train) for k in _OFFICIAL_KS))
+            per_class = num_train // len(labels.unique())
+            return tuple(k for k in _OFFICIAL_KS if k <= per_class) or (max(per_class, 1),)
         if not self.knn_k or min(self.knn_k) < 1 or max(self.knn_k) > num_train:
             raise ValueError(
                 f"k={list(self.knn_k)}: every k must be at least 1 and at most {num_train}, the number of training "
@@ -131,7 +137,7 @@ class Knn:
     def measure(self, train: "LabeledFeatures", test: "LabeledFeatures", seed: int) -> "Iterator[Measured]":
         """Yield the hits for every k."""
         temperature = self.settings.temperature
-        for k, votes in _votes(train, test, self.settings.numbers(len(train)), temperature).items():
+        for k, votes in _votes(train, test, self.settings.numbers(train.labels), temperature).items():
             yield f"k={k}", "top1", hits(votes, test.labels), {"k": k, "temperature": temperature}
 
 
@@ -333,7 +339,7 @@ class Robustness:
         side = settings.image_size or min(reader.description.image_size)
         sizes = settings.image_sizes or [max(1, round(side * share / patch)) * patch for share in (0.5, 0.75, 1.25)]
         train = parts.features(reader, "train", settings.image_size)
-        k = settings.numbers(len(train))[0]
+        k = settings.numbers(train.labels)[0]
         words = (
             f"test images at another size against training images at {side} px; kNN with k={k}, otherwise as in knn"
         )

@@ -3,9 +3,10 @@
 Images are resampled with replacement (percentile bootstrap). Two models tested on the same images are resampled
 together, so the difficulty of an image that affects both cancels out of their difference.
 
-Source: Efron, Annals of Statistics 7 (1979), for the bootstrap.
+Source: Efron, Annals of Statistics 7 (1979), for the bootstrap; Wilson, "Probable inference" (1927), for counts.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -25,6 +26,14 @@ def mean_iou(rows: Rows) -> float:
 
 # Functions from the rows of all images to one number. The rmse needs no entry: it is computed per image and averaged.
 STATISTICS: dict[str, Statistic] = {"mean": lambda rows: float(rows.mean()), "mean_iou": mean_iou}
+
+
+def wilson_interval(share: float, n: float, *, z: float = 1.959964) -> tuple[float, float]:
+    """Return the Wilson 95 % confidence interval of a share of n images."""
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # Rounding could leave [0, 1] at its ends.
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def bootstrap_interval(

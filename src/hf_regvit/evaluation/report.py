@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ import numpy as np
 from ..models.results import Record, as_tuples, html_table, markdown_table
 from ..models.saving import read_json, whole_file
 from .cache import fingerprint
-from .intervals import STATISTICS, Rows, bootstrap_interval, paired_difference
+from .intervals import STATISTICS, Rows, bootstrap_interval, paired_difference, wilson_interval
 from .object_discovery import LostEvaluation
 from .tasks import TASKS
 
 _HUB_METRICS = {"top1": "accuracy", "top5": "top_5_accuracy", "map": "mean_average_precision"}
 _IN_METERS = ("rmse",)
 _RATIOS = ("abs_rel",)
+_COUNTS = ("top1", "top5", "corloc")  # shares of the images
 _LOWER_IS_BETTER = (*_IN_METERS, *_RATIOS)
 
 
@@ -34,7 +36,8 @@ class Score:
         variant: Label that distinguishes the scores of one task, the same for every model: `k=10`, `n=5`.
         metric: top1, top5, map, mean_iou, rmse, abs_rel, delta1 or corloc: shares in [0, 1], rmse in meters.
         value: Value of the metric on all test images.
-        interval: 95 % confidence interval from 2,000 resamples of the test images.
+        interval: 95 % confidence interval from 2,000 resamples of the test images; that of Wilson for 0 and 100 % of
+            the images, where all resamples are equal.
         protocol: Description of the protocol, one sentence for the whole task.
         settings: Settings as values: k, layer, the selected candidate and where it was selected.
         data: Name of the test data.
@@ -75,10 +78,13 @@ class Score:
         rows = np.asarray(rows, dtype=np.float64).reshape(len(rows), -1)
         if len(rows) != len(ids):
             raise ValueError(f"Got {len(rows)} rows for {len(ids)} images. Pass exactly one row per image.")
-        of = STATISTICS[statistic]
+        of, value = STATISTICS[statistic], STATISTICS[statistic](rows)
+        certain = what.get("metric") in _COUNTS and value in (0, 1)
         return cls(
-            value=of(rows),
-            interval=bootstrap_interval(rows, seed=seed, statistic=of),
+            value=value,
+            interval=wilson_interval(value, len(ids))
+            if certain
+            else bootstrap_interval(rows, seed=seed, statistic=of),
             data=Path(data).name,  # reports are published, so local paths must not appear in them
             num_images=len(ids),
             images=fingerprint(ids, digest_size=8),
@@ -103,6 +109,7 @@ class Score:
         """Return the improvement over another score on the same images, with the paired 95 % confidence interval.
 
         This is the difference, with the opposite sign for errors (rmse, abs_rel): above 0 is better for every metric.
+        If two models are right on the same images, the interval is Wilson's for the share of images that may differ.
 
         Raises:
             ValueError: The other score is of another task or of other images.
@@ -114,9 +121,17 @@ class Score:
             )
         rows = (np.array(score.columns).T for score in (other, self))
         gain, (low, high) = paired_difference(*rows, seed=self.seed, statistic=STATISTICS[self.statistic])
+        if self.metric in _COUNTS and self.columns == other.columns and {0, 1}.issuperset(self.columns[0]):
+            high = wilson_interval(0, self.num_images)[1]
+            low = -high
         if self.metric in _LOWER_IS_BETTER:
             return 0.0 - gain, (0.0 - high, 0.0 - low)  # avoids "-0.000"
         return gain, (low, high)
+
+    @property
+    def unit(self) -> str:
+        """Unit of the value in tables and charts."""
+        return "m" if self.metric in _IN_METERS else "ratio" if self.metric in _RATIOS else "%"
 
     def show(self, value: float, interval: tuple[float, float], *, signed: bool = False) -> str:
         """Format a value of this metric with its interval: `89.8 % [87.2, 92.4]`."""
@@ -255,18 +270,35 @@ class EvaluationTable:
                 if key in scores:
                     yield scores[key], report, by_key[0].get(key) if report is not self.reports[0] else None
 
+    @cached_property
+    def gains(self) -> dict[tuple[str, ...], tuple[float, tuple[float, float]]]:
+        """Differences to the first model with their intervals, by key of the score and model."""
+        return {(*s.key, report.model): s.ahead_of(first) for s, report, first in self.rows() if first is not None}
+
+    def verdicts(self) -> list[str]:
+        """Return sentences like `knn: B shows no difference to A: +0.0 % [-1.2, +1.2] (top1, k=10).` for each task."""
+        found: dict[str, list[str]] = {}
+        for score, report, first in self.rows():
+            if first is not None:
+                gain, (low, high) = self.gains[*score.key, report.model]
+                word = "is better than" if low > 0 else "is worse than" if high < 0 else "shows no difference to"
+                of = ", ".join(filter(None, (score.metric, score.variant)))
+                start = f"{score.task}: {report.model} {word} {self.reports[0].model}: "
+                found.setdefault(start, []).append(f"{score.show(gain, (low, high), signed=True)} ({of})")
+        return [f"{start}{', '.join(numbers)}." for start, numbers in found.items()]
+
     def cells(self) -> list[list[str]]:
         """Return the table as text: the names of the columns, then one row per score."""
         several, found = len(self.reports) > 1, list[list[str]]()
         for score, report, reference in self.rows():
-            ahead = "" if reference is None else score.show(*score.ahead_of(reference), signed=True)
+            ahead = "" if reference is None else score.show(*self.gains[*score.key, report.model], signed=True)
             cells = {
                 "task": score.task,
                 "metric": score.metric,
                 "variant": score.variant,
                 "model": report.model,
                 "result [95 % CI]": score.show(score.value, score.interval),
-                **({f"ahead of {self.reports[0].model}": ahead} if several else {}),
+                **({f"difference to {self.reports[0].model}": ahead} if several else {}),
                 "block": str(score.settings.get("layer", "")),
                 "selected": str(score.settings.get("chosen", "")),
                 "images": f"{score.num_train} / {score.num_images}",
@@ -277,27 +309,31 @@ class EvaluationTable:
         return found
 
     def markdown(self) -> str:
-        """Return a Markdown table of all scores, followed by the protocols and the notes."""
+        """Return a Markdown table of all scores, followed by the verdicts, the protocols and the notes."""
+        about, *notes = self.remarks()
+        verdicts = [f"- {verdict}" for verdict in self.verdicts()]
+        lines = [markdown_table(self.cells()), "", *verdicts, *[""][: len(verdicts)], about, ""]
+        return "\n".join(lines + [f"- {note}" for note in notes]) + "\n"
+
+    def remarks(self) -> list[str]:
+        """Return what the columns mean, then the protocols and the notes."""
         lines = [
-            markdown_table(self.cells()),
-            "",
             "images: training images / test images. Intervals: 95 % bootstrap intervals from 2,000 resamples of the "
-            "test images; differences are paired by image.",
+            "test images, after Wilson for 0 and 100 %; differences are paired by image."
         ]
         protocols: dict[tuple[str, str], dict[str, None]] = {}  # models may differ in the vector of an image
         for score, report, _ in self.rows():
             protocols.setdefault((score.task, score.protocol), {})[report.model] = None
         if len(self.reports) > 1 and any(score.metric in _LOWER_IS_BETTER for score, _, _ in self.rows()):
-            lines += ["ahead of: a value above 0 is better for every metric, including errors (rmse, abs_rel)."]
-        lines += [""]
+            lines[0] += " A difference above 0 is better for every metric, including errors (rmse, abs_rel)."
         for (task, protocol), users in protocols.items():
             whose = "" if len(users) == len(self.reports) else f" ({', '.join(users)})"
-            lines.append(f"- {task}{whose}: {protocol}")
+            lines.append(f"{task}{whose}: {protocol}")
         for report in self.reports:
-            lines += [f"- {report.model}: {note}" for note in report.notes]
+            lines += [f"{report.model}: {note}" for note in report.notes]
             cached = f"; the cache saved another {report.cached_seconds:.1f} s" if report.cached_seconds else ""
-            lines.append(f"- {report.model}: feature extraction took {report.reading_seconds:.1f} s{cached}")
-        return "\n".join(lines) + "\n"
+            lines.append(f"{report.model}: feature extraction took {report.reading_seconds:.1f} s{cached}")
+        return lines
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self.reports)) or "EvaluationTable without reports"

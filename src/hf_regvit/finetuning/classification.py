@@ -5,7 +5,6 @@ Shape letters: B images, C classes, S side of an image in pixels.
 
 import csv
 import logging
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..data.source import ImageRecord, ImageSource
+from ..evaluation.intervals import wilson_interval
 from ..figures.masks import confusion_figure
 from ..models.modeling_regvit import RegViTForImageClassification
 from .arguments import FinetuningArguments
@@ -139,17 +139,6 @@ def classification_loss(
     if weights is not None:
         losses = losses * (shares @ weights.to(shares))
     return losses.mean()
-
-
-def wilson_interval(share: float, n: float, *, z: float = 1.959964) -> tuple[float, float]:
-    """Return the Wilson 95 % confidence interval of a share of n images.
-
-    Source: Wilson, "Probable inference", 1927.
-    """
-    middle = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # Rounding could leave [0, 1] at its ends.
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 class ClassificationMetrics:

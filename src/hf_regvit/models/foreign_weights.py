@@ -594,7 +594,9 @@ def import_timm(source: str | Path) -> Any:
     try:
         import timm
     except ImportError as error:
-        raise ImportError(f"'{source}' is a timm model, and timm is not installed. Run: pip install timm") from error
+        raise ImportError(
+            f"'{source}' is a timm model, and timm is not installed. Run: pip install 'hf_regvit[timm]'"
+        ) from error
     return timm
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..data.augmentation import MultiCrop, normalize_pixels
+from ..data.augmentation import MultiCrop, normalize_pixels, require_opencv
 from ..data.bad_images import BadImages, TooManyBadImagesError
 from ..data.decoding import BadImageError, ImageLimits, open_image
 from ..data.source import ImageRecord, ImageSource
@@ -45,6 +45,7 @@ class _SingleThreadedDataset:
     """
 
     def __init__(self) -> None:
+        require_opencv()
         import cv2
 
         cv2.setNumThreads(0)
