@@ -97,6 +97,24 @@ def gram_loss(student: torch.Tensor, teacher: torch.Tensor) -> float:
     return total / count
 
 
+def paka_loss(student: torch.Tensor, teacher: torch.Tensor) -> float:
+    """Compute one minus the centered kernel alignment of student and teacher patches, averaged over the crops."""
+
+    def centered_kernel(patches: list[list[float]]) -> list[list[float]]:
+        kernel = [[sum(x * y for x, y in zip(a, b, strict=True)) for b in patches] for a in patches]
+        count, indices = len(patches), range(len(patches))
+        rows = [sum(kernel[i]) / count for i in indices]
+        mean = sum(rows) / count
+        return [[kernel[i][j] - rows[i] - rows[j] + mean for j in indices] for i in indices]
+
+    total = 0.0
+    for pair in zip(student.tolist(), teacher.tolist(), strict=True):
+        ours, theirs = ([value for row in centered_kernel(patches) for value in row] for patches in pair)
+        dot = sum(x * y for x, y in zip(ours, theirs, strict=True))
+        total += 1 - dot / math.sqrt(sum(x * x for x in ours)) / math.sqrt(sum(y * y for y in theirs))
+    return total / len(student)
+
+
 def prototype_cross_entropy(
     features: torch.Tensor, prototypes: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, temperature: float
 ) -> float:

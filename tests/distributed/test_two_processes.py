@@ -26,6 +26,7 @@ def run(tmp_path_factory):
     one = {
         "softmax": two_processes.outcome(folder / "one", **twice, **saving),
         "sinkhorn": two_processes.outcome(folder / "one_sinkhorn", centering="sinkhorn", **twice),
+        "optional": two_processes.outcome(folder / "one_optional", **two_processes.WITH_OPTIONAL, **twice),
         "teacher": two_processes.outcome(folder / "one_teacher", network=feature_network(), **twice),
     }
     start(two_processes.scenarios, folder)
@@ -33,7 +34,7 @@ def run(tmp_path_factory):
     return Runs(folder, one)
 
 
-@pytest.mark.parametrize("objective", ["softmax", "sinkhorn", "teacher"])
+@pytest.mark.parametrize("objective", ["softmax", "sinkhorn", "optional", "teacher"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_equal_one_with_the_doubled_batch(run, kind, objective):
     one = run.one[objective]
@@ -109,6 +110,11 @@ def test_a_checkpoint_resumes_under_another_kind_of_parallelism(run, name):
     for result in run(name):
         assert result["steps"] == 4
         torch.testing.assert_close(result["state"], run.one["softmax"]["state"], atol=1e-5, rtol=0)
+
+
+def test_optional_objectives_resume_under_another_kind_of_parallelism(run):
+    for result in run("optional_resumed"):
+        torch.testing.assert_close(result["state"], run.one["optional"]["state"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["ddp_softmax", "fsdp_softmax"])

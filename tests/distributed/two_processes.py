@@ -28,6 +28,11 @@ PER_PROCESS = 3
 # epsilon the step stays proportional to small gradients, and a difference of 1e-6 in them stays one.
 COMMON = {"koleo_loss_weight": 0.0, "adam_epsilon": 1e-3, "warmup_steps": 0, "max_steps": 4, "teacher_momentum": 0.8}
 IMAGES = 20
+OPTIONAL = {
+    "paka_loss_weight": 1.0, "ibot_visible_patches": True, "average_heads_only": True, "gram_loss_weight": 1.0
+}  # fmt: skip
+# Gram anchoring is refreshed by the trainer.
+WITH_OPTIONAL = {"options": OPTIONAL, "gram_loss_weight": 1.0, "gram_refresh_steps": 2}
 
 
 @dataclass
@@ -49,6 +54,7 @@ def outcome(folder: Path, *, resume: str | None = None, collator=None, callbacks
     """One run, as a dictionary of everything that two runs have to agree on."""
     recorder, data = Recorder(), Crops(IMAGES)
     options = {"centering": overrides.pop("centering", "softmax"), "koleo_loss_weight": 0.0}
+    options |= overrides.pop("options", {})
     config = tiny_config(drop_path_rate=overrides.pop("drop_path_rate", 0.0))
     backend = {"ddp_backend": "gloo"} if "RANK" in os.environ else {}
     fields = {"per_device_train_batch_size": PER_PROCESS, "centering": options["centering"], **COMMON, **backend}
@@ -140,6 +146,12 @@ def scenarios(folder: Path) -> dict:
             folder / "sharded_resumed", resume=str(folder / "sharded" / "checkpoint-2"), **sharded
         )
     results["ddp_from_fsdp"] = outcome(folder / "ddp_from_fsdp", resume=str(folder / "fsdp_softmax" / "checkpoint-2"))
+    results["ddp_optional"] = outcome(folder / "ddp_optional", **WITH_OPTIONAL, **saving)
+    with sharding() as fsdp:
+        results["fsdp_optional"] = outcome(folder / "fsdp_optional", **WITH_OPTIONAL, **fsdp)
+        results["optional_resumed"] = outcome(
+            folder / "optional_resumed", resume=str(folder / "ddp_optional" / "checkpoint-2"), **WITH_OPTIONAL, **fsdp
+        )
     results["ddp_teacher"] = outcome(folder / "ddp_teacher", network=feature_network())
     with sharding() as fsdp:
         results["fsdp_teacher"] = outcome(folder / "fsdp_teacher", network=feature_network(), **fsdp)

@@ -28,8 +28,10 @@ def test_gram_teacher_is_refreshed_every_n_steps(tmp_path):
 
 
 def test_arguments_reach_the_network(tmp_path):
-    args = arguments(tmp_path, gram_loss_weight=1.5, koleo_gathered=True, koleo_neighbours=2)
+    others = {"paka_loss_weight": 0.3, "ibot_visible_patches": True, "average_heads_only": True}
+    args = arguments(tmp_path, gram_loss_weight=1.5, koleo_gathered=True, koleo_neighbours=2, **others)
     network = _build_network(args, tiny_config())
+    assert {name: getattr(network, name) for name in others} == others
     assert (network.gram_loss_weight, network.koleo_gathered, network.koleo_neighbours) == (1.5, True, 2)
     assert network.gram_teacher is not None
     assert _build_network(arguments(tmp_path), tiny_config()).gram_teacher is None

@@ -78,11 +78,11 @@ def test_backbones_whose_cls_is_something_else_are_refused(fields):
 
 def test_targets_can_be_used_where_gradients_are_recorded():
     """The teacher runs in inference mode, whose tensors a backward pass rejects; its targets are ordinary tensors."""
-    network, batch = tiny_network(), tiny_batch()
+    network, batch = tiny_network(paka_loss_weight=1.0), tiny_batch()
     one = network.teacher_targets(batch["global_crops"], batch["mask_indices"])
     (joint,) = network.joint_targets([batch])
     assert not any(tensor.is_inference() or tensor.requires_grad for tensor in (*one, *joint))
-    assert torch.equal(one.cls, joint.cls)
+    assert all(torch.equal(single, other) for single, other in zip(one, joint, strict=True))
 
 
 @pytest.mark.parametrize("gram_loss_weight", [0.0, 1.0])
@@ -192,7 +192,9 @@ def test_every_setting_of_the_losses_reaches_them():
 
 def test_a_network_without_any_loss_is_refused():
     off = {f"{name}_loss_weight": 0.0 for name in ("dino", "ibot", "koleo")}
-    with pytest.raises(ValueError, match=r"\(0.0, 0.0, 0.0, 0.0\); expected none below 0 and at least one above 0"):
+    with pytest.raises(
+        ValueError, match=r"\(0.0, 0.0, 0.0, 0.0, 0.0\); expected none below 0 and at least one above 0"
+    ):
         tiny_network(**off)
     with pytest.raises(ValueError, match="none below 0"):
         tiny_network(ibot_loss_weight=-1.0)
@@ -256,7 +258,7 @@ def test_autocast_leaves_losses_targets_and_last_layer_in_float32():
         targets = network.teacher_targets(batch["global_crops"], batch["mask_indices"])
         outputs = network(**batch)
     assert seen == [torch.bfloat16]  # the input is rounded, but the computation is not
-    assert all(tensor.dtype == torch.float32 for tensor in (*targets, *outputs.values()))
+    assert all(tensor.dtype == torch.float32 for tensor in (*targets[:2], *outputs.values()))
     torch.testing.assert_close(targets.cls.sum(-1), torch.ones(2, 3))
     for name, value in outputs.items():
         assert value.item() == pytest.approx(exact[name].item(), rel=0.05, abs=0.05), name
@@ -323,12 +325,17 @@ def test_the_option_for_compiling_compiles_the_blocks_and_nothing_else(tmp_path,
 # ---- Gram anchoring ----
 
 
-def gram_network(**options):
-    network = tiny_network(gram_loss_weight=2.0, **options)
-    with torch.no_grad():  # student, teacher and Gram teacher apart
+def apart(**options):
+    """Return a network whose student and teacher differ."""
+    network = tiny_network(**options)
+    with torch.no_grad():
         for parameter in network.student.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return network
+
+
+def gram_network():
+    return apart(gram_loss_weight=2.0)
 
 
 def test_gram_term_equals_its_loop():
@@ -389,6 +396,86 @@ def test_without_gram_there_is_no_third_network():
     network = tiny_network()
     assert network.gram_teacher is None
     assert not [name for name in network.state_dict() if name.startswith("gram")]
+
+
+# ---- Patch kernel alignment, visible patches, average of the heads ----
+
+
+def test_paka_term_equals_its_loop():
+    network, batch = apart(paka_loss_weight=0.7), tiny_batch()
+    crops = batch["global_crops"].flatten(0, 1)
+    student = network.student_backbone(crops, bool_masked_pos=batch["masks"].flatten(0, 1)).patch_tokens.detach()
+    outputs = network(**batch)
+    expected = oracles.paka_loss(student, network.teacher_backbone(crops).patch_tokens)
+    assert outputs["paka_loss"].item() == pytest.approx(0.7 * expected, rel=1e-4)
+    terms = [value.item() for name, value in outputs.items() if name.endswith("_loss")]
+    assert outputs["loss"].item() == pytest.approx(sum(terms), rel=1e-6)
+
+
+@pytest.mark.parametrize("ibot_head", [None, SHAPE])
+@pytest.mark.parametrize("masked", [True, False])
+def test_visible_patches_are_taught_as_in_a_loop(masked, ibot_head):
+    network = apart(ibot_visible_patches=True, ibot_loss_weight=0.6, ibot_head=ibot_head, paka_loss_weight=0.1)
+    batch = tiny_batch(masked=masked)
+    crops, masks = batch["global_crops"].flatten(0, 1), batch["masks"].flatten(0, 1)
+    with torch.no_grad():
+        student = network.student_backbone(crops, bool_masked_pos=masks).patch_tokens
+        logits, targets = (
+            part[("dino" if ibot_head is None else "ibot") + "_head"](tokens.flatten(0, 1)).unflatten(0, (6, -1))
+            for part, tokens in (
+                (network.student, student), (network.teacher, network.teacher_backbone(crops).patch_tokens)
+            )
+        )  # fmt: skip
+    targets = (targets / network.teacher_temperature).softmax(-1)  # the center is still zero
+    expected = {"ibot_loss": 0.0, "ibot_visible_loss": 0.0}
+    for crop, patch in itertools.product(range(6), range(GRID**2)):
+        row = oracles.cross_entropy(targets[crop, patch].tolist(), logits[crop, patch].tolist(), 0.1)
+        expected["ibot_loss" if masks[crop, patch] else "ibot_visible_loss"] += 0.6 * row / GRID**2 / 6
+    outputs = network(**batch)
+    for name, value in expected.items():
+        assert outputs[name].item() == pytest.approx(value, rel=1e-4, abs=1e-9), name
+    terms = [value.item() for name, value in outputs.items() if name.endswith("_loss")]
+    assert outputs["loss"].item() == pytest.approx(sum(terms), rel=1e-6)
+    assert network.ibot_center.pending_count == 6 * GRID**2
+
+
+OPTIONS = [
+    ({"paka_loss_weight": 1.0}, {"paka_loss"}, set()),
+    ({"ibot_visible_patches": True}, {"ibot_visible_loss"}, {"ibot_loss"}),
+    ({"average_heads_only": True}, set(), set()),
+]
+
+
+@pytest.mark.parametrize(("options", "added", "changed"), OPTIONS)
+def test_optional_objectives_leave_the_other_terms_as_they_are(options, added, changed):
+    batch = tiny_batch()
+    without, off, on = (apart(**chosen)(**batch) for chosen in ({}, dict.fromkeys(options, 0), options))
+    assert same_state(without, off)
+    assert on.keys() - off.keys() == added
+    for name in off.keys() - {"loss"} - changed:
+        torch.testing.assert_close(on[name], off[name])
+
+
+def test_only_the_heads_of_the_teacher_are_averages():
+    network = apart(average_heads_only=True, ibot_head=SHAPE)
+    start = {name: tensor.clone() for name, tensor in network.teacher.state_dict().items()}
+    network.update_teacher(0.9)
+    student = network.student.state_dict()
+    for name, tensor in network.teacher.state_dict().items():
+        expected = student[name] if name.startswith("backbone.") else 0.9 * start[name] + 0.1 * student[name]
+        torch.testing.assert_close(tensor, expected, atol=0 if name.startswith("backbone.") else 1e-6, rtol=0)
+    assert not any(module.training for module in network.teacher.modules())
+
+
+def test_a_run_with_all_optional_objectives_resumes_bit_for_bit(tmp_path):
+    options = {name: value for chosen, *_ in OPTIONS for name, value in chosen.items()}
+    save = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "warmup_steps": 0, "options": options}
+    whole = trained(tmp_path / "a", **save)
+    resumed = trained(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-2"), **save)
+    assert same_state(whole.model.state_dict(), resumed.model.state_dict())
+    assert same_state(whole.model.teacher_backbone.state_dict(), whole.model.student_backbone.state_dict())
+    logged = [line for line in whole.state.log_history if "loss" in line]
+    assert all({"paka_loss", "ibot_visible_loss"} <= line.keys() for line in logged)
 
 
 # ---- KoLeo over all processes ----

@@ -237,6 +237,16 @@ def test_self_distillation_cannot_start_with_the_heads_of_a_distillation(tmp_pat
     ("options", "message"),
     [
         ({"teacher": ["x"], "gram_loss_weight": 1.0}, "gram_loss_weight is 1.0; expected 0 with --teacher"),
+        ({"teacher": ["x"], "paka_loss_weight": 0.5}, "paka_loss_weight is 0.5; expected 0 with --teacher"),
+        (
+            {"teacher": ["x"], "ibot_visible_patches": True},
+            "ibot_visible_patches is True; expected False with --teach",
+        ),
+        ({"teacher": ["x"], "average_heads_only": True}, "average_heads_only is True; expected False with --teacher"),
+        (
+            {"ibot_visible_patches": True, "ibot_loss_weight": 0.0},
+            "ibot_visible_patches is True; expected False with --ibot_loss_weight 0",
+        ),
         ({"teacher_image_size": 224}, "teacher_image_size is 224; expected no value without --teacher"),
     ],
 )

@@ -12,6 +12,7 @@ from hf_regvit.pretraining.losses import (
     SoftmaxCenter,
     gram_loss,
     koleo_loss,
+    paka_loss,
     prototype_cross_entropy,
     sinkhorn_knopp,
 )
@@ -183,6 +184,40 @@ def test_gram_targets_are_constants_and_half_precision_is_taken_to_float32():
     assert loss.item() == pytest.approx(oracles.gram_loss(student.detach(), teacher.detach()), rel=1e-5)
     assert teacher.grad is None
     assert student.grad.any()
+
+
+# ---- Patch kernel alignment ----
+
+
+def test_paka_loss_equals_its_loop():
+    student, teacher = normal(3, 5, 4, dtype=torch.float64), normal(3, 5, 6, seed=1, dtype=torch.float64)
+    assert paka_loss(student, teacher).item() == pytest.approx(oracles.paka_loss(student, teacher), rel=1e-10)
+
+
+def test_paka_loss_sees_neither_offset_nor_scale_nor_rotation_of_the_features():
+    student = normal(2, 6, 4, dtype=torch.float64)
+    rotation, _ = torch.linalg.qr(normal(4, 4, seed=1, dtype=torch.float64))
+    assert paka_loss(student, 7 * student @ rotation + 3).item() == pytest.approx(0, abs=1e-12)
+    assert paka_loss(student, normal(2, 6, 4, seed=2, dtype=torch.float64)).item() > 0.01
+
+
+def test_paka_targets_are_constants_and_half_precision_is_taken_to_float32():
+    student, teacher = normal(2, 3, 4).requires_grad_(), normal(2, 3, 4, seed=1).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = paka_loss(student, teacher)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(oracles.paka_loss(student.detach(), teacher.detach()), rel=1e-5)
+    assert teacher.grad is None
+    assert student.grad.any()
+
+
+def test_paka_of_identical_patches_is_finite():
+    student = normal(2, 1, 4).expand(-1, 3, -1).clone().requires_grad_()
+    loss = paka_loss(student, normal(2, 3, 4, seed=1))
+    loss.backward()
+    assert loss.item() == pytest.approx(1)
+    assert torch.isfinite(student.grad).all()
 
 
 # ---- KoLeo ----

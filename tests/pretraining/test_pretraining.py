@@ -381,8 +381,11 @@ def test_accumulated_micro_batches_equal_the_mean_of_their_gradients(tmp_path):
     assert seen["pending"] == 12  # two micro-batches of two crops of three images
 
 
-@pytest.mark.parametrize("centering", ["softmax", "sinkhorn"])
-def test_accumulation_with_joint_targets_equals_one_big_batch(tmp_path, centering):
+@pytest.mark.parametrize(
+    ("centering", "options"),
+    [("softmax", {}), ("sinkhorn", {}), ("sinkhorn", {"paka_loss_weight": 1.0, "ibot_visible_patches": True})],
+)
+def test_accumulation_with_joint_targets_equals_one_big_batch(tmp_path, centering, options):
     """2 micro-batches of 3, or one of 6, for two epochs; no KoLeo or drop path, which depend on the micro-batch."""
     states, gradients = [], []
 
@@ -393,7 +396,7 @@ def test_accumulation_with_joint_targets_equals_one_big_batch(tmp_path, centerin
             dataset=Crops(14),
             collator=MasksOfTheImage(),
             callbacks=[recorder],
-            options={"centering": centering, "koleo_loss_weight": 0.0},
+            options={"centering": centering, "koleo_loss_weight": 0.0, **options},
             centering=centering,
             per_device_train_batch_size=6 // pieces,
             gradient_accumulation_steps=pieces,

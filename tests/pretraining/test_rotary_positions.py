@@ -90,7 +90,7 @@ def test_only_the_student_sees_scaled_coordinates():
         torch.manual_seed(seed)
         losses.append(network(**batch)["loss"].item())
     assert losses[0] == losses[2] != losses[1]
-    logits = [network._teacher_logits(batch["global_crops"], batch["mask_indices"])[0] for _ in range(2)]
+    logits = [network._teacher_outputs(batch["global_crops"], batch["mask_indices"])[0] for _ in range(2)]
     assert torch.equal(*logits)
 
 

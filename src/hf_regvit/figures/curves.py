@@ -41,8 +41,10 @@ _PRETRAINING: Panels = (
             "dino_local_loss": "DINO local",
             "dino_global_loss": "DINO global",
             "ibot_loss": "iBOT",
+            "ibot_visible_loss": "iBOT, visible patches",
             "koleo_loss": "KoLeo",
             "gram_loss": "Gram",
+            "paka_loss": "PaKA",
         },
     ),
     (

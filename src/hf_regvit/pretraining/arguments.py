@@ -121,6 +121,9 @@ class PretrainingArguments(LoraArguments):
     # Losses and targets
     dino_loss_weight: float = option(1.0, "Weight of the DINO terms; 0 disables them. Official: 1.")
     ibot_loss_weight: float = option(1.0, "Weight of the iBOT term; 0 disables it. Official: 1.")
+    ibot_visible_patches: bool = option(
+        False, "Apply the iBOT term to the visible patches of the global crops, too. TIPSv2: True; DINOv2: False."
+    )
     koleo_loss_weight: float = option(0.1, "Weight of KoLeo, per crop; 0 below 16 images per process. Official: 0.1.")
     koleo_gathered: bool = option(False, "Search the KoLeo neighbors in all processes. DINOv3 only; DINOv2: False.")
     koleo_neighbours: int = option(1, "Number of neighbors that KoLeo pushes each image away from. Official: 1.")
@@ -138,6 +141,9 @@ class PretrainingArguments(LoraArguments):
         None,
         "Side in pixels of the global crops for Gram anchoring, whose teacher then sees more detail; default: as the "
         "student. DINOv3: twice the student's.",
+    )
+    paka_loss_weight: float = option(
+        0.0, "Weight of patch kernel alignment (PaKA) with the teacher; 0 disables it. DINOv2: 0."
     )
     centering: str = option("softmax", "Teacher targets: 'softmax' (official short) or 'sinkhorn' (official full).")
     center_momentum: float = option(0.9, "Share of the previous center that is kept per step. Official: 0.9.")
@@ -177,6 +183,11 @@ class PretrainingArguments(LoraArguments):
     teacher_momentum: float = option(
         None,
         "EMA momentum at the start. Default: 0.992 (official), or 0.998 with --init_from; 0.9 to 0.99 for short runs.",
+    )
+    average_heads_only: bool = option(
+        False,
+        "Average the heads of the teacher only; its backbone is the student's. TIPSv2: True, with a contrastive loss "
+        "that prevents collapse; DINOv2: False.",
     )
     teacher_momentum_end: float = option(1.0, "EMA momentum at the end. Official: 1.")
     layer_decay: float = option(0.9, "Learning-rate factor per block toward the input. Official: 0.9 (full: 1).")
@@ -274,7 +285,12 @@ class PretrainingArguments(LoraArguments):
             "'steps': pretraining has no evaluation, so 'best' would never save a checkpoint",
         )
         self._expect("max_steps", self.max_steps != 0, "at least 1, or -1 to derive it from num_train_epochs")
-        self._expect("gram_loss_weight", not (self.teacher and self.gram_loss_weight), "0 with --teacher")
+        for name in ("gram_loss_weight", "paka_loss_weight"):
+            self._expect(name, not (self.teacher and getattr(self, name)), "0 with --teacher")
+        for name in ("ibot_visible_patches", "average_heads_only"):
+            self._expect(name, not (self.teacher and getattr(self, name)), "False with --teacher")
+        applies = bool(self.ibot_loss_weight) or not self.ibot_visible_patches
+        self._expect("ibot_visible_patches", applies, "False with --ibot_loss_weight 0")
         self._expect(
             "teacher_image_size", bool(self.teacher) or not self.teacher_image_size, "no value without --teacher"
         )

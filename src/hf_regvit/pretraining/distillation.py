@@ -5,7 +5,8 @@ K prototypes. Flattened crops are crop-major: crop 0 of all images first.
 
 Source: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision" (2023), and the released training
 code, whose divisors and order of operations are followed exactly; Darcet et al., "Vision Transformers Need
-Registers" (2024) for the registers, which take part in attention in every block but do not enter any loss.
+Registers" (2024) for the registers, which take part in attention in every block but do not enter any loss; Cao et al.,
+"TIPSv2" (arXiv 2604.12012) for iBOT++ and the average of the heads alone.
 """
 
 import copy
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..models.modeling_regvit import RegViTModel
-from .losses import SoftmaxCenter, gram_loss, koleo_loss, prototype_cross_entropy, sinkhorn_knopp
+from .losses import SoftmaxCenter, gram_loss, koleo_loss, paka_loss, prototype_cross_entropy, sinkhorn_knopp
 from .network import StudentAndTeacher
 
 # ---- Projection head ---------------------------------------------------------------------------------------------
@@ -121,10 +122,11 @@ class PrototypeHead(nn.Module):
 
 
 class TeacherTargets(NamedTuple):
-    """Target probabilities; each row sums to 1 and has no gradient."""
+    """Target probabilities, of which each row sums to 1, and patch tokens of the teacher; all without a gradient."""
 
     cls: Tensor  # (G, B, K)
     masked: Tensor  # (M, K')
+    patches: Tensor | None = None  # (G * B * N, D), for PaKA only
 
 
 class SelfDistillation(StudentAndTeacher):
@@ -151,6 +153,15 @@ class SelfDistillation(StudentAndTeacher):
         koleo_neighbours: Number of nearest neighbors that KoLeo pushes each feature away from.
         gram_loss_weight: Weight of Gram anchoring. If above 0, there is also a `gram_teacher`, a frozen copy of the
             teacher backbone that changes only through `refresh_gram_teacher`.
+        paka_loss_weight: Weight of patch kernel alignment with the teacher. As for Gram anchoring, student and teacher
+            see the same global crops, so patches correspond one to one; the paper aligns the overlap of student crops
+            with other, unaugmented teacher crops, after a projection head.
+        ibot_visible_patches: True for iBOT++, where the visible patches of the student learn from the teacher as the
+            masked ones do: the iBOT term is then the mean of H(t_i, s_i) over all patches i of all global crops,
+            instead of over the masked patches of each crop.
+        average_heads_only: True if only the heads of the teacher are averages. Its backbone is a copy of the student's
+            after every step, which stays in eval mode. In TIPSv2, a contrastive loss beside it prevents a collapse;
+            here, only the targets and KoLeo do.
         lora_scale: Factor of the low-rank updates, if the backbone has some.
 
     Raises:
@@ -176,19 +187,24 @@ class SelfDistillation(StudentAndTeacher):
         koleo_gathered: bool = False,
         koleo_neighbours: int = 1,
         gram_loss_weight: float = 0.0,
+        paka_loss_weight: float = 0.0,
+        ibot_visible_patches: bool = False,
+        average_heads_only: bool = False,
         lora_scale: float | None = None,
     ) -> None:
         super().__init__(backbone, lora_scale=lora_scale)
         if centering not in ("softmax", "sinkhorn"):
             raise ValueError(f"centering is {centering!r}; expected 'softmax' or 'sinkhorn'.")
-        weights = (dino_loss_weight, ibot_loss_weight, koleo_loss_weight, gram_loss_weight)
+        weights = (dino_loss_weight, ibot_loss_weight, koleo_loss_weight, gram_loss_weight, paka_loss_weight)
         if min(weights) < 0 or max(weights) == 0:
             raise ValueError(
-                f"The loss weights (DINO, iBOT, KoLeo, Gram) are {weights}; expected none below 0 and at least one "
-                "above 0."
+                f"The loss weights (DINO, iBOT, KoLeo, Gram, PaKA) are {weights}; expected none below 0 and at least "
+                "one above 0."
             )
-        self.dino_loss_weight, self.ibot_loss_weight, self.koleo_loss_weight, self.gram_loss_weight = weights
+        self.dino_loss_weight, self.ibot_loss_weight, self.koleo_loss_weight = weights[:3]
+        self.gram_loss_weight, self.paka_loss_weight = weights[3:]
         self.koleo_gathered, self.koleo_neighbours = koleo_gathered, koleo_neighbours
+        self.ibot_visible_patches, self.average_heads_only = ibot_visible_patches, average_heads_only
         self.joins_targets = centering == "sinkhorn"
         self.student_temperature = student_temperature
         self.teacher_temperature = 0.07
@@ -228,13 +244,25 @@ class SelfDistillation(StudentAndTeacher):
             center.accumulate(logits)
         return probabilities
 
-    def _teacher_logits(self, global_crops: Tensor, mask_indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return teacher head outputs of the CLS tokens `(G * B, K)` and of the masked patches `(M, K')`."""
+    def _all_patches(self, global_crops: Tensor) -> Tensor:
+        """Return the positions of all patches of `global_crops` in the flattened (G, B, N)."""
+        rows, columns = self.student_backbone.embeddings.patch_embeddings.grid_of(global_crops[0])
+        return torch.arange(math.prod(global_crops.shape[:2]) * rows * columns, device=global_crops.device)
+
+    def _teacher_outputs(self, global_crops: Tensor, mask_indices: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return teacher head outputs of the CLS tokens `(G * B, K)` and of the masked patches `(M, K')`.
+
+        For PaKA, the tokens of all patches `(G * B * N, D)` are returned in addition.
+        """
         # Inference mode launches kernels faster, but FSDP2 gathers parameters into buffers that outlive the mode.
         sharded = any(isinstance(parameter, DTensor) for parameter in self.teacher.parameters())
+        mask_indices = self._all_patches(global_crops) if self.ibot_visible_patches else mask_indices
         with torch.no_grad() if sharded else torch.inference_mode():
-            tokens = self._tokens(self.teacher_backbone, global_crops.flatten(0, 1), mask_indices)
-            return self._logits(self.teacher, *tokens)
+            read = self._all_patches(global_crops) if self.paka_loss_weight else mask_indices
+            cls, rows = self._tokens(self.teacher_backbone, global_crops.flatten(0, 1), read)
+            logits = self._logits(self.teacher, cls, rows[mask_indices] if self.paka_loss_weight else rows)
+        # The loss reads the tokens where gradients are recorded, which tensors of inference mode do not allow.
+        return *logits, rows.clone() if self.paka_loss_weight else None
 
     def _targets(self, cls_logits: Tensor, masked_logits: Tensor, num_global: int) -> TeacherTargets:
         cls = self._probabilities(cls_logits, self.dino_center)
@@ -250,9 +278,11 @@ class SelfDistillation(StudentAndTeacher):
             mask_indices: Positions `(M,)` of the masked patches in the flattened masks (G, B, N).
 
         Returns:
-            Probabilities of the CLS tokens, crop by crop, and of the patches that are masked for the student.
+            Probabilities of the CLS tokens, crop by crop, and of the patches that are masked for the student; with
+            PaKA, also all patch tokens.
         """
-        return self._targets(*self._teacher_logits(global_crops, mask_indices), num_global=global_crops.shape[0])
+        cls, masked, patches = self._teacher_outputs(global_crops, mask_indices)
+        return self._targets(cls, masked, num_global=global_crops.shape[0])._replace(patches=patches)
 
     @torch.no_grad()
     def joint_targets(self, batches: Sequence[Mapping[str, Tensor]]) -> list[TeacherTargets]:
@@ -269,15 +299,16 @@ class SelfDistillation(StudentAndTeacher):
         Returns:
             The argument `targets` of `forward` for each micro-batch.
         """
-        rows = [self._teacher_logits(batch["global_crops"], batch["mask_indices"]) for batch in batches]
-        cls_rows, masked_rows = ([pair[part] for pair in rows] for part in (0, 1))
-        cls, masked = self._targets(torch.cat(cls_rows), torch.cat(masked_rows), num_global=1)
+        rows = [self._teacher_outputs(batch["global_crops"], batch["mask_indices"]) for batch in batches]
+        cls_rows, masked_rows, patches = zip(*rows, strict=True)
+        cls, masked, _ = self._targets(torch.cat(cls_rows), torch.cat(masked_rows), num_global=1)
         return [
-            TeacherTargets(one.reshape(batch["global_crops"].shape[0], -1, one.shape[-1]), other)
-            for batch, one, other in zip(
+            TeacherTargets(one.reshape(batch["global_crops"].shape[0], -1, one.shape[-1]), other, tokens)
+            for batch, one, other, tokens in zip(
                 batches,
                 cls[0].split([len(logits) for logits in cls_rows]),
                 masked.split([len(logits) for logits in masked_rows]),
+                patches,
                 strict=True,
             )
         ]
@@ -335,10 +366,17 @@ class SelfDistillation(StudentAndTeacher):
         return cls, rows
 
     def _prototype_losses(
-        self, cls: Tensor, masked: Tensor, targets: TeacherTargets, mask_weights: Tensor, batch: int
+        self,
+        cls: Tensor,
+        masked: Tensor,
+        targets: TeacherTargets,
+        mask_weights: Tensor,
+        batch: int,
+        visible: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Return the sum of the DINO and iBOT losses, its weighted terms, and the cross-entropy of each CLS row.
 
+        `visible` `(M,)` is True for the rows of `masked` that the student sees; None if it sees none of them.
         A disabled loss gets no rows, but its head stays in the graph, because DDP waits for every gradient.
         """
         num_global = targets.cls.shape[0]
@@ -385,7 +423,11 @@ class SelfDistillation(StudentAndTeacher):
                 terms["dino_local_loss"] = local.sum()
             terms["dino_global_loss"] = across.sum()
         if self.ibot_loss_weight:
-            terms["ibot_loss"] = (of_masked * ibot_weights).sum()
+            of_masked = of_masked * ibot_weights
+            if visible is not None:
+                terms["ibot_visible_loss"] = (of_masked * visible).sum()
+                of_masked = of_masked * ~visible
+            terms["ibot_loss"] = of_masked.sum()
         return dino_loss + ibot_loss, terms, of_cls
 
     @torch.no_grad()
@@ -421,23 +463,26 @@ class SelfDistillation(StudentAndTeacher):
             gram_crops: Global crops `(2, B, 3, S', S')` of another size for the Gram teacher. Default: `global_crops`.
 
         Returns:
-            Dictionary of scalars. `loss` is to be differentiated. `dino_local_loss`, `dino_global_loss`, `ibot_loss`,
-            `koleo_loss` and `gram_loss` are its detached weighted terms, which add up to it; terms that were not
-            computed are missing. If the DINO loss is used, there are also four statistics of its targets.
-            `teacher_entropy` is the mean entropy of a target and `teacher_marginal_entropy` the entropy of the mean
-            target, in nats. If both are near ln K, the targets are uniform (collapse); if both are near 0, all targets
-            select the same prototype (also collapse). `teacher_student_kl` is KL(teacher || student) of the global
-            crops in nats, and `used_prototypes` the number of prototypes that are the largest entry of at least one
-            target.
+            Dictionary of scalars. `loss` is to be differentiated. `dino_local_loss`, `dino_global_loss`, `ibot_loss`
+            (masked patches), `ibot_visible_loss`, `koleo_loss`, `gram_loss` and `paka_loss` are its detached weighted
+            terms, which add up to it; terms that were not computed are missing. If the DINO loss is used, there are
+            also four statistics of its targets. `teacher_entropy` is the mean entropy of a target and
+            `teacher_marginal_entropy` the entropy of the mean target, in nats. If both are near ln K, the targets are
+            uniform (collapse); if both are near 0, all targets select the same prototype (also collapse).
+            `teacher_student_kl` is KL(teacher || student) of the global crops in nats, and `used_prototypes` the
+            number of prototypes that are the largest entry of at least one target.
         """
         targets = self.teacher_targets(global_crops, mask_indices) if targets is None else targets
         num_global, batch = global_crops.shape[:2]
-        patches = mask_indices
-        if self.gram_loss_weight:
-            patches = torch.arange(masks.numel(), device=masks.device)
+        visible = None
+        if self.ibot_visible_patches:
+            visible, mask_indices = ~masks.flatten(), self._all_patches(global_crops)
+            mask_weights = mask_weights.new_full(visible.shape, 1 / masks.shape[-1])
+        reads_all = bool(self.gram_loss_weight or self.paka_loss_weight)
+        patches = self._all_patches(global_crops) if reads_all else mask_indices
         cls, rows = self._student_tokens(global_crops, local_crops, masks, patches)
-        masked = rows[mask_indices] if self.gram_loss_weight else rows
-        loss, terms, of_cls = self._prototype_losses(cls, masked, targets, mask_weights, batch)
+        masked = rows[mask_indices] if reads_all else rows
+        loss, terms, of_cls = self._prototype_losses(cls, masked, targets, mask_weights, batch, visible)
         if self.koleo_loss_weight:
             spread = partial(koleo_loss, gathered=self.koleo_gathered, neighbors=self.koleo_neighbours)
             koleo = torch.stack([spread(crop) for crop in cls[: num_global * batch].split(batch)])
@@ -448,6 +493,11 @@ class SelfDistillation(StudentAndTeacher):
             anchor = self._gram_patches((global_crops if gram_crops is None else gram_crops).flatten(0, 1), grid)
             terms["gram_loss"] = self.gram_loss_weight * gram_loss(rows.unflatten(0, anchor.shape[:2]), anchor)
             loss = loss + terms["gram_loss"]
+        if self.paka_loss_weight:
+            tokens = (rows, cast(Tensor, targets.patches))
+            aligned = paka_loss(*(one.unflatten(0, (num_global * batch, -1)) for one in tokens))
+            terms["paka_loss"] = self.paka_loss_weight * aligned
+            loss = loss + terms["paka_loss"]
         outputs = {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
         if self.dino_loss_weight:
             probabilities = targets.cls.flatten(0, 1)
@@ -463,9 +513,12 @@ class SelfDistillation(StudentAndTeacher):
     def update_teacher(self, momentum: float) -> None:
         """Set `teacher = momentum * teacher + (1 - momentum) * student`; call once after every optimizer step.
 
-        Also reduces the centers over the processes, so that all processes hold the same state between steps.
+        With `average_heads_only`, the backbone is copied instead. Also reduces the centers over the processes, so that
+        all processes hold the same state between steps.
         """
         super().update_teacher(momentum)
+        if self.average_heads_only:
+            _copy_parameters(self.student_backbone, self.teacher_backbone)
         for center in (self.dino_center, self.ibot_center):
             if center is not None:
                 center.reduce()
@@ -473,5 +526,10 @@ class SelfDistillation(StudentAndTeacher):
     @torch.no_grad()
     def refresh_gram_teacher(self) -> None:
         """Copy the current teacher backbone to the Gram teacher."""
-        gram_teacher = cast(RegViTModel, self.gram_teacher)
-        torch._foreach_copy_(list(gram_teacher.parameters()), list(self.teacher_backbone.parameters()))
+        _copy_parameters(self.teacher_backbone, cast(RegViTModel, self.gram_teacher))
+
+
+def _copy_parameters(source: RegViTModel, target: RegViTModel) -> None:
+    # `torch._foreach_copy_` does not support the sharded parameters of FSDP2.
+    for own, other in zip(target.parameters(), source.parameters(), strict=True):
+        own.copy_(other)

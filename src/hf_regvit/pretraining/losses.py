@@ -1,4 +1,4 @@
-"""Losses of pretraining: DINO, iBOT, KoLeo and Gram anchoring, two kinds of teacher targets, and feature distillation.
+"""Losses of pretraining: DINO, iBOT, KoLeo, Gram anchoring and PaKA, two kinds of targets, and feature distillation.
 
 All computations run in float32, whatever the dtype of the inputs: at a temperature of 0.04, the rounding of a bf16
 logit alone changes a target by 0.1 nat, and the KoLeo epsilon underflows in fp16.
@@ -186,6 +186,31 @@ def gram_loss(student_patches: Tensor, teacher_patches: Tensor) -> Tensor:
         student = F.normalize(_float32(student_patches), dim=-1)
         teacher = F.normalize(_float32(teacher_patches.detach()), dim=-1)
         return F.mse_loss(student @ student.mT, teacher @ teacher.mT)
+
+
+def paka_loss(student_patches: Tensor, teacher_patches: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """Compute the loss of patch kernel alignment (PaKA), by which the patches of a crop form the same groups.
+
+    K = X X^T holds the dot products of the P patches of a crop, and H = I - 1/P subtracts the mean patch. Compared are
+    only the directions of both matrices, so the loss sees neither a common offset nor the scale of the features, which
+    Gram anchoring does in part: it compares cosines by value.
+
+    Args:
+        student_patches: Patch features `(crops, P, D)` after the final norm.
+        teacher_patches: Patch features `(crops, P, D')` of the teacher on the same grid, without a gradient.
+        eps: Smallest norm of a centered matrix by which its product is divided.
+
+    Returns:
+        Scalar: one minus the centered kernel alignment (CKA), `1 - <H K_s H, H K_t H> / (|H K_s H| |H K_t H|)` with
+        Frobenius product and norms, averaged over the crops; from 0 to 1.
+
+    Source: Yeo et al., "Patch-Level Kernel Alignment for Dense Self-Supervised Learning" (arXiv 2509.05606).
+    """
+    with torch.autocast(student_patches.device.type, enabled=False):
+        features = _float32(student_patches), _float32(teacher_patches.detach())
+        student, teacher = (one - one.mean(dim=1, keepdim=True) for one in features)
+        kernels = (student @ student.mT).flatten(1), (teacher @ teacher.mT).flatten(1)  # (crops, P * P)
+        return 1 - F.cosine_similarity(*kernels, dim=1, eps=eps).mean()
 
 
 # Share of the cosine in `feature_loss`, as in AM-RADIO; the rest is smooth L1.

@@ -298,7 +298,10 @@ def _build_network(
         dino_head=shape,
         ibot_head=ibot_shape if args.separate_ibot_head else None,
         **args.subset("centering", "center_momentum", "student_temperature", "dino_loss_weight", "ibot_loss_weight"),
-        **args.subset("koleo_loss_weight", "koleo_gathered", "koleo_neighbours", "gram_loss_weight"),
+        **args.subset(
+            "koleo_loss_weight", "koleo_gathered", "koleo_neighbours", "gram_loss_weight", "paka_loss_weight"
+        ),
+        **args.subset("ibot_visible_patches", "average_heads_only"),
         lora_scale=lora_scale,
     )
 
