@@ -8,13 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from builders import tiny_model
+from builders import noise, planted_model, tiny_model
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.diagnosis.comparison import compare_checkpoints
 from hf_regvit.diagnosis.diagnose import diagnose
+from hf_regvit.diagnosis.retrofit import retrofit
 from hf_regvit.evaluation.report import EvaluationReport, EvaluationTable, Score
-from hf_regvit.figures.diagnosis_page import write_comparison, write_report
+from hf_regvit.figures.diagnosis_page import write_comparison, write_report, write_retrofit
 from hf_regvit.figures.evaluation_page import write_evaluation
+from hf_regvit.figures.maps import read_token_maps
 from hf_regvit.models.processing import default_image_processor
 
 pytestmark = pytest.mark.browser
@@ -125,6 +127,25 @@ def test_slider_changes_the_layer(browser, report, tmp_path):
         page.locator("#layer").fill(str(layer))
         assert page.locator(".layer:visible").get_attribute("data-layer") == str(layer)
         assert page.locator("output").inner_text() == str(layer)
+    page.close()
+
+
+@pytest.mark.parametrize(("name", "screen"), SCREENS[::3])
+def test_the_page_of_a_retrofit(browser, screenshots, tmp_path, name, screen):
+    images, quiet = [noise(i, (64, 64)) for i in range(40)], {"progress": False, "top_k": 1}
+    result = retrofit(planted_model(), images, processor=default_image_processor(64), num_register_tokens=4, **quiet)
+    before, after = (read_token_maps(model, result.examples) for model in (result.source, result.model))
+    path = write_retrofit(result, before, after, tmp_path / "retrofit.html", command=("demo", "--model", "my model"))
+    page = opened(browser, path, f"retrofit_{name}", screen, screenshots)
+    assert page.locator(".verdict").inner_text() == result.report.verdict
+    assert page.locator(".command code").inner_text() == "regvit demo --model 'my model'"
+    labels = page.locator(".example").first.locator("figcaption").all_inner_texts()
+    assert [label.split("\n")[0] for label in labels] == [
+        "image", "norm before", "norm after", "registers 1 to 4 attention", "PCA before", "PCA after",
+        "CLS attention before", "CLS attention after",
+    ]  # fmt: skip
+    assert "so they stay equal" in page.locator("section").first.inner_text()
+    assert page.locator("table tbody tr").count() == 5
     page.close()
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from builders import noise, planted_model, randomized, save_images, save_model, tiny_model
 from builders import pixels as random_pixels
@@ -21,6 +22,7 @@ from hf_regvit import (
 )
 from hf_regvit.app import cli
 from hf_regvit.data.preparation import prepare_images
+from hf_regvit.diagnosis import retrofit as retrofit_module
 from hf_regvit.diagnosis.register_neurons import (
     RegisterNeurons,
     RetrofitError,
@@ -532,7 +534,7 @@ def test_the_command_writes_a_checkpoint_and_a_report(tmp_path, capsys):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
         "config.json", "model.safetensors", "preprocessor_config.json", "configuration_regvit.py",
-        "modeling_regvit.py", "manifest.json", "retrofit_report.json", "before_after.png",
+        "modeling_regvit.py", "manifest.json", "retrofit_report.json", "before_after.png", "retrofit.html",
     }  # fmt: skip
     assert str(tmp_path) not in (tmp_path / "out" / "retrofit_report.json").read_text()
     assert cli.main(args) == 1
@@ -549,7 +551,22 @@ def test_a_published_retrofit_says_what_was_done(tmp_path):
     made = bundle(tmp_path / "model", tmp_path / "bundle", card={"license": "apache-2.0"})
     card = (made.folder / "README.md").read_text()
     assert "- retrofitted" in card
+    assert "\n| neurons silenced, no register |" in card
+    assert "before_after.png" not in card
     assert "1 of the 768 MLP neurons (1.9, as block.neuron counted from 0) write into 2 zero registers" in card
     assert result.report.verdict in card
     copied = json.loads((made.folder / "reports" / "retrofit.json").read_text())
     assert RetrofitReport(**copied) == result.report
+    Image.new("RGB", (8, 8)).save(tmp_path / "model" / "before_after.png")
+    options = {"card": {"license": "apache-2.0"}, "example_pictures": True}
+    shown = bundle(tmp_path / "model", tmp_path / "shown", **options)
+    assert "![Test images before and after](figures/before_after.png)" in (shown.folder / "README.md").read_text()
+    assert (shown.folder / "figures" / "before_after.png").is_file()
+
+
+def test_the_name_of_the_source_is_a_whole_hub_id(tmp_path, monkeypatch):
+    monkeypatch.setattr(retrofit_module, "_open", lambda *args: TokenReader(PLANTED_MODEL, PROCESSOR))
+    settings = {"processor": PROCESSOR, "progress": False, "top_k": 1, "num_register_tokens": 1, "max_passes": 1}
+    (tmp_path / "deep").mkdir()
+    for name, shown in (("owner/vit", "owner/vit"), (tmp_path / "deep", "deep")):
+        assert retrofit(name, IMAGES[:40], **settings).report.model["name"] == shown

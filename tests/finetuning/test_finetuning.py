@@ -31,7 +31,7 @@ from hf_regvit.finetuning.classification import (
 )
 from hf_regvit.finetuning.data import IGNORED, LabelError, MixingCollator, bad_images, class_weights, draws, open_data
 from hf_regvit.finetuning.model import choose_trained, open_for_task
-from hf_regvit.finetuning.run import finetune
+from hf_regvit.finetuning.run import conclusion, finetune
 from hf_regvit.finetuning.trainer import optimizer_groups
 from hf_regvit.hub.card import card_header, check_card
 from hf_regvit.training.checkpoints import list_checkpoints
@@ -258,6 +258,22 @@ def test_metrics_equal_those_of_scikit_learn():
     assert result["skipped_images"] == 2
     interval = binomtest(int((said == truth).sum()), 60).proportion_ci(method="wilson")
     assert (result["accuracy_low"], result["accuracy_high"]) == pytest.approx((interval.low, interval.high), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("measured", "intervals", "text"),
+    [
+        ({"accuracy": 33 / 36, "skipped_images": 4.0}, {"accuracy": (0.78, 0.97)},
+         "Accuracy 91.7 % (33 of 36; 95 % interval 78 to 97)"),
+        ({"mean_iou": 0.5, "mean_accuracy": 0.6}, {"mean_iou": (0.4, 0.62), "mean_accuracy": (0.5, 0.7)},
+         "Mean iou 50 % (95 % interval 40 to 62)"),
+        ({"rmse": 0.5123, "delta1": 0.9}, {"rmse": (0.4, 0.6), "delta1": (0.8, 1)},
+         "Rmse 0.512 (95 % interval 0.4 to 0.6)"),
+        ({"loss": 1.0}, {}, ""),
+    ],
+)  # fmt: skip
+def test_the_conclusion_is_the_main_metric(measured, intervals, text):
+    assert conclusion({"eval": measured, "intervals": intervals, "images": {"validation": 40}}) == text
 
 
 def test_intervals_of_shares_stay_between_0_and_1():
@@ -729,6 +745,7 @@ def test_the_folder_of_a_run_says_what_it_is_in_words_and_images(tmp_path):
     for shown in ("![Learning curves](curves.png)", "![Confusion matrix](confusion_matrix.png)", "pipeline("):
         assert shown in card
     assert metrics["eval"]["accuracy_low"] == pytest.approx(0.70085495, abs=1e-6)  # 9 of 9
+    assert conclusion(metrics) == "Accuracy 100 % (9 of 9; 95 % interval 70.1 to 100)"
     recipe = yaml.safe_load((tmp_path / "resolved_recipe.yaml").read_text())
     assert (recipe["mode"], recipe["learning_rate"]) == ("full", 1e-2)
     for name in ("curves.png", "confusion_matrix.png"):

@@ -73,13 +73,17 @@ def _pretrain(arguments: Any) -> Outcome:
 
 
 def _finetune(arguments: Any) -> Outcome:
-    from ..finetuning.run import finetune
+    from ..finetuning.run import conclusion, finetune
+    from ..hub.facts import TASKS
     from ..models.saving import read_json
 
-    finetune(arguments)
-    metrics = read_json(f"{arguments.output_dir}/metrics.json") if arguments.should_save else {}
-    result = {"output_dir": arguments.output_dir, **metrics.get("eval", {})}
-    return _same(result, "publish", "--model", arguments.output_dir, "--license", "ID")
+    task, folder = TASKS[type(finetune(arguments)).__name__].pipeline_tag, arguments.output_dir
+    metrics = read_json(f"{folder}/metrics.json") if arguments.should_save else {}
+    result = {"output_dir": folder, **metrics.get("eval", {})}
+    lines = {name: value for name, value in result.items() if name not in ("accuracy_low", "accuracy_high")}
+    lines |= {"result": text} if metrics and (text := conclusion(metrics)) else {}
+    lines["use it"] = f'pipeline("{task}", model="{folder}", trust_remote_code=True)'
+    return Outcome(result, lines=lines, following=("publish", "--model", folder, "--license", "ID"))
 
 
 def _data_check(arguments: Any) -> Outcome:
@@ -139,6 +143,7 @@ def _diagnose(arguments: Any) -> Outcome:
 
 def _retrofit(arguments: Any) -> Outcome:
     from ..diagnosis.retrofit import retrofit
+    from ..figures.diagnosis_page import write_retrofit
     from ..figures.maps import before_after_figure, read_token_maps, save_figure
 
     settings = arguments.settings()
@@ -146,11 +151,11 @@ def _retrofit(arguments: Any) -> Outcome:
     result = retrofit(arguments.model, images, output_dir=arguments.output_dir, **settings)
     examples = [result.transform.picture(pixels) for pixels in result.examples]
     before, after = (read_token_maps(model, result.examples) for model in (result.source, result.model))
-    path = f"{arguments.output_dir}/before_after.png"
+    path, show = arguments.output_dir, ("demo", "--model", arguments.output_dir, "--compare", arguments.model)
     with keeping(result.summary):
-        save_figure(before_after_figure(examples, before, after), path)
-    lines = {"checkpoint": arguments.output_dir, "figure": path}
-    show = ("demo", "--model", arguments.output_dir, "--compare", arguments.model)
+        save_figure(before_after_figure(examples, before, after), f"{path}/before_after.png")
+        page = write_retrofit(result, before, after, f"{path}/retrofit.html", command=show)
+    lines = {"checkpoint": path, "figure": f"{path}/before_after.png", "page": page}
     return Outcome(result.report.to_dict(), result.report.summary(), lines, following=show)
 
 

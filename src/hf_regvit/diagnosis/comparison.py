@@ -82,9 +82,10 @@ class ComparisonReport(Result):
 
     def table(self) -> str:
         """Return the rows as a Markdown table."""
-        return markdown_table(self._rows())
+        return markdown_table(self.table_rows())
 
-    def _rows(self) -> list[list[object]]:
+    def table_rows(self) -> list[list[object]]:
+        """Return the names of the columns, and one row per checkpoint."""
         names = ["block" if name == "layer" else name for name in self.rows[0]]
         return [names, *(list(row.values()) for row in self.rows)]
 

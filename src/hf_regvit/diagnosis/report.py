@@ -93,9 +93,10 @@ class ArtifactReport(Result):
 
     def summary(self) -> str:
         """Return a summary of ten lines for a terminal, plus one line per warning."""
-        return "\n".join(f"{name:12}{text}" for name, text in self._rows())
+        return "\n".join(f"{name:12}{text}" for name, text in self.table_rows())
 
-    def _rows(self) -> list[tuple[str, str]]:
+    def table_rows(self) -> list[tuple[str, str]]:
+        """Return the lines of the summary, as names and texts."""
         model, outliers, neighbors, rank = self.model, self.outliers, self.neighbours, self.patches["effective_rank"]
         record = next(entry for entry in self.layers if entry["layer"] == self.layer)
         born = {None: "none", 0: "in the embedding, before the first block"}.get(

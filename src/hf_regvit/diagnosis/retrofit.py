@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..data.preparation import PreparedImages, prepare_images
-from ..models.loading import choose_device, open_model, open_regvit
+from ..models.loading import choose_device, open_model, open_regvit, short_names
 from ..models.manifest import whole_checkpoint
 from ..models.processing import EvaluationTransform, known_processor
 from ..models.results import Record, Result, Stopwatch, markdown_table
@@ -149,7 +149,7 @@ class RetrofitReport(Result):
             f"{self._neuron_text(5, scores=True)}",
             f"registers  {self.num_register_tokens}",
             *self._pass_lines(),
-            markdown_table(self._rows()),
+            markdown_table(self.table_rows()),
         ]
         return "\n".join([*lines, f"verdict    {self.verdict}", f"took       {self.seconds['total']:.0f} s"])
 
@@ -168,7 +168,7 @@ class RetrofitReport(Result):
         ]
         return groups * (len(groups) > 1) + sizes
 
-    def _rows(self) -> list[list[str]]:
+    def table_rows(self) -> list[list[str]]:
         """Return the measurements on the test images as a table."""
         columns = {
             "outliers": ("outlier_share", ".2%"),
@@ -325,9 +325,8 @@ def retrofit(
     native = [round((first.shape[-2] * first.shape[-1]) ** 0.5)] * (not judged["after"]["layers_with_outliers"])
     made.config.register_sizes = sorted({*native, *(size["image_size"] for size in sizes if size["proved"])}) or None
     watch.lap("test")
-    name = Path(model).name if isinstance(model, str | Path) else description.name
     measured = {"tried": tried, "judged": judged, "sizes": sizes, "settings": settings, "seconds": watch.seconds}
-    report = _report(name, search, made, parts, measured)
+    report = _report(model, search, made, parts, measured)
     result = RetrofitResult(made, source, report, first[:EXAMPLES], transform)
     if output_dir is not None:
         result.save(output_dir)
@@ -335,9 +334,12 @@ def retrofit(
 
 
 def _report(
-    name: str, search: "_Search", made: Any, parts: dict[str, NDArray[np.bool_]], measured: Record
+    model: object, search: "_Search", made: Any, parts: dict[str, NDArray[np.bool_]], measured: Record
 ) -> RetrofitReport:
     description, neurons = search.reader.description, search.populations[0].neurons
+    name = description.name
+    if isinstance(model, str | Path):  # a whole Hub id, so that a card can link it
+        name = Path(model).name if Path(model).is_file() else short_names([model])[0]
     return RetrofitReport(
         model={
             "name": name,

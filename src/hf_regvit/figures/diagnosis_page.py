@@ -13,14 +13,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..diagnosis.comparison import ComparisonReport
 from ..diagnosis.findings import findings, next_step
 from ..diagnosis.report import ArtifactReport
+from ..diagnosis.retrofit import RetrofitResult
 from ..models.results import Record
 from ..models.saving import whole_file
-from .maps import INK, STYLE, attention_limits, colored, distinct_registers, layer_norm_figure, norm_ticks, stretch
+from .maps import (
+    INK,
+    STYLE,
+    TokenMaps,
+    attention_limits,
+    color_image,
+    colored,
+    distinct_registers,
+    layer_norm_figure,
+    norm_ticks,
+    pca_colors,
+    stretch,
+)
 from .pages import cell_text, chart, data_url, number_text, render, write_page
 
 if TYPE_CHECKING:
@@ -120,6 +134,59 @@ def _before_after(first: ArtifactReport, last: ArtifactReport) -> list[Record]:
             ]  # fmt: skip
             shown.append({"id": pair[0]["id"], "panels": [_picture(pair[0], first), *norms, *attention]})
     return shown
+
+
+def write_retrofit(
+    result: RetrofitResult,
+    before: Sequence[TokenMaps],
+    after: Sequence[TokenMaps],
+    path: str | Path,
+    *,
+    command: Sequence[str],
+) -> Path:
+    """Write the page of a retrofit: verdict, next command, and maps of the test images before and after.
+
+    Args:
+        result: Result of `retrofit`.
+        before: Maps of its example images in the source.
+        after: Maps of the same images in the result.
+        path: HTML file to write.
+        command: Words of the next command.
+    """
+    head, *rows = result.report.table_rows()
+    examples = [
+        {
+            "id": f"test image {i}",
+            "panels": [_plain_picture(result.transform.picture(pixels)), *_retrofit_maps(*sides)],
+        }
+        for i, (pixels, *sides) in enumerate(zip(result.examples, before, after), 1)
+    ]
+    page = render("retrofit.html", report=result.report, command=f"regvit {shlex.join(command)}", head=head,
+                  rows=rows, examples=examples)  # fmt: skip
+    return write_page(page, path)
+
+
+def _plain_picture(image: Image.Image) -> Record:
+    shape = {"grid": (image.height, image.width), "kind": "image", "outliers": []}
+    return {"label": "image", "note": "as the model received it", "image": data_url(image, "JPEG")} | shape
+
+
+def _retrofit_maps(before: TokenMaps, after: TokenMaps) -> list[Record]:
+    """Return norms on one scale, attention of the registers (equal ones once), one PCA for both, attention of CLS."""
+    sides = {"before": before, "after": after}
+    logs = torch.stack([maps.norms for maps in sides.values()]).clamp(min=1e-12).log()
+    shades = stretch(logs, torch.quantile(logs, 0.01).item(), logs.max().item())
+    colors = pca_colors(torch.stack([maps.patch_tokens for maps in sides.values()]))
+    norms, pca, cls = [], [], []
+    for (side, maps), shade, image in zip(sides.items(), shades, colors):
+        norms.append(_map(shade, "viridis", f"norm {side}", f"{maps.norms.min():.3g} to {maps.norms.max():.3g}"))
+        pca.append(
+            norms[-1] | {"label": f"PCA {side}", "note": "one PCA for both", "image": data_url(color_image(image))}
+        )
+        first = len(maps.attention) - len(maps.registers)
+        cls += [_attention_map(values, f"CLS attention {side}") for values in maps.attention[:first]]
+    registers = distinct_registers(after.attention[len(after.attention) - len(after.registers) :])
+    return [*norms, *(_attention_map(values, f"{name} attention") for name, values in registers), *pca, *cls]
 
 
 def _change(found: Record) -> tuple[str, str]:

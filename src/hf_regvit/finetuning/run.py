@@ -173,6 +173,22 @@ def _report(trainer: FinetuningTrainer, final: Mapping[str, float], started: tup
     }
 
 
+def conclusion(report: Mapping[str, Any]) -> str:
+    """Return the main metric as text, such as `Accuracy 100 % (36 of 36; 95 % interval 90 to 100)`, "" without one.
+
+    Args:
+        report: Content of `metrics.json`.
+    """
+    for name, interval in report["intervals"].items():
+        value, unit = report["eval"][name], ("", 1) if name in ("rmse", "abs_rel") else (" %", 100)
+        count = report["images"]["validation"] - int(report["eval"].get("skipped_images", 0))
+        hits = f"{round(value * count)} of {count}; " if name == "accuracy" else ""
+        shown, low, high = (f"{unit[1] * number:.3g}" for number in (value, *interval))
+        title = name[:1].upper() + name[1:].replace("_", " ")
+        return f"{title} {shown}{unit[0]} ({hits}95 % interval {low} to {high})"
+    return ""
+
+
 def _write_folder(output: Path, result: PreTrainedModel, trainer: FinetuningTrainer, report: dict[str, Any]) -> None:
     """Write model, processor, metrics, figures and card of a finished run."""
     task, args, processor = trainer.task, trainer.args, trainer.image_processor

@@ -27,6 +27,7 @@ from ..models.configuration_regvit import CheckpointCorruptError, CheckpointErro
 from ..models.loading import checkpoint_folder, load_checkpoint, weights_fingerprint
 from ..models.manifest import verify_checkpoint, write_manifest
 from ..models.processing import require_rgb, saved_processor
+from ..models.results import markdown_table
 from ..models.saving import num_bytes, read_json, whole_folder, write_json
 from . import facts as about
 from .card import check_card, write_card_file
@@ -142,7 +143,7 @@ def bundle(
         config = read_json(staged / "config.json")
         write_json(staged / "config.json", {k: v for k, v in config.items() if k not in _FORBIDDEN_FIELDS})
         processor.save_pretrained(staged)
-        facts = _run_facts(Path(model_folder), checkpoint, staged)
+        facts = _run_facts(Path(model_folder), checkpoint, staged, example_pictures=example_pictures)
         for report in reports:
             _add_report(Path(report), staged, facts, model=model, example_pictures=example_pictures)
         if exported is not None:
@@ -218,14 +219,14 @@ def _is_there(path: Path) -> bool:
     return path.is_file()
 
 
-def _run_facts(folder: Path, checkpoint: Path, output: Path) -> Facts:
+def _run_facts(folder: Path, checkpoint: Path, output: Path, *, example_pictures: bool) -> Facts:
     """Copy recipe, report, environment and curves of a checkpoint's run, and return them as facts for the card."""
     import yaml
 
     candidates = (folder, checkpoint.parent if checkpoint.name == "backbone" else checkpoint)
     run = next((place for place in candidates if (place / "resolved_recipe.yaml").is_file()), None)
     if run is None:
-        return _retrofit_facts(checkpoint, output)
+        return _retrofit_facts(checkpoint, output, example_pictures=example_pictures)
     recipe = about.public_recipe(read_object(run / "resolved_recipe.yaml") or {})
     (output / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     fine_tuned = read_object(run / "metrics.json")
@@ -251,7 +252,7 @@ def _run_facts(folder: Path, checkpoint: Path, output: Path) -> Facts:
     return {**facts, "recipe_file": True}
 
 
-def _retrofit_facts(checkpoint: Path, output: Path) -> Facts:
+def _retrofit_facts(checkpoint: Path, output: Path, *, example_pictures: bool) -> Facts:
     """Return the facts from the report that `regvit retrofit` wrote into the checkpoint folder."""
     path = checkpoint / "retrofit_report.json"
     content = read_object(path)
@@ -262,7 +263,11 @@ def _retrofit_facts(checkpoint: Path, output: Path) -> Facts:
     except TypeError as error:
         raise CheckpointError(f"'{path}' is not a report of `regvit retrofit`: {error}.") from error
     shutil.copyfile(path, output / "reports" / "retrofit.json")
-    return {"origin": "retrofitted", "base_model": report.model["name"], "description": report.card_text}
+    text = f"{report.card_text}\n\n{markdown_table(report.table_rows())}"
+    if example_pictures and _is_there(checkpoint / "before_after.png"):
+        shutil.copyfile(checkpoint / "before_after.png", output / "figures" / "before_after.png")
+        text += "\n\n![Test images before and after](figures/before_after.png)"
+    return {"origin": "retrofitted", "base_model": report.model["name"], "description": text}
 
 
 def _report_file(path: Path) -> Path:

@@ -76,14 +76,14 @@ class Result:
         return f"<{type(self).__name__}: {self.verdict}>"
 
     def _repr_html_(self) -> str:
-        return html_table(self._rows())
+        return html_table(self.table_rows())
 
     @property
     def verdict(self) -> str:
         """Conclusion in one sentence."""
         raise NotImplementedError
 
-    def _rows(self) -> Sequence[Sequence[object]]:
+    def table_rows(self) -> Sequence[Sequence[object]]:
         """Return the rows of a table for people."""
         raise NotImplementedError
 
