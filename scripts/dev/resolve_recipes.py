@@ -4,6 +4,7 @@ A test compares them, so that a changed default is visible in review. Run this s
 """
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,12 +15,17 @@ def resolved(recipe: Path) -> str:
     """Return all options of a recipe as YAML text, in the order of the dataclass."""
     from hf_regvit.app.recipes import RecipeParser
     from hf_regvit.finetuning.arguments import FinetuningArguments
+    from hf_regvit.image_text.arguments import ImageTextArguments
     from hf_regvit.pretraining.arguments import PretrainingArguments
 
     values = yaml.safe_load(recipe.read_text())
-    arguments_class = PretrainingArguments if "global_crop_size" in values else FinetuningArguments
+    arguments_class: Any = PretrainingArguments if "global_crop_size" in values else FinetuningArguments
+    if "text_layers" in values:
+        arguments_class = ImageTextArguments
     # Without a GPU, transformers rejects bfloat16 unless --use_cpu is set. Nothing else depends on the machine.
     flags = ["--config", str(recipe), "--output_dir", "runs/x", "--use_cpu", "--report_to", "none"]
+    if "text_layers" in values:
+        flags += ["--data", "photos"]  # it has no default
     (arguments,) = RecipeParser(arguments_class).parse(flags)
     # Options of Trainer change with its versions, so include only those that the recipe names.
     named = set(values) | arguments_class.own_options()

@@ -324,7 +324,10 @@ def test_misuse_is_2(capsys) -> None:
     assert cli.main(["convert", "--model", "x", "--output_dir", "y", "--num_head", "3"]) == 2
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+COMMAND_RECIPES = sorted(path for path in (ROOT / "examples").glob("*.yaml") if "image_text" not in path.stem)
+
+
+@pytest.mark.parametrize("recipe", COMMAND_RECIPES, ids=lambda path: path.stem)  # images with texts have a script
 def test_dry_run_shows_every_recipe_on_a_machine_without_its_gpu(recipe, tmp_path, capsys) -> None:
     command = "pretrain" if "global_crop_size:" in recipe.read_text() else "finetune"
     assert cli.main([command, "--config", str(recipe), "--output_dir", str(tmp_path / "run"), "--dry_run"]) == 0

@@ -36,7 +36,7 @@ def test_no_golden_recipe_is_left_over():
 def test_crops_fit_the_patches_and_prototypes_the_batch():
     for recipe in RECIPES:
         values = yaml.safe_load((GOLDEN / f"{recipe.stem}.txt").read_text())
-        if "global_crop_size" not in values:  # fine-tuning
+        if "global_crop_size" not in values:  # fine-tuning, images with texts
             continue
         for name in ("global_crop_size", "local_crop_size"):
             assert values[name] % values["patch_size"] == 0, (recipe.name, name)

@@ -1,7 +1,9 @@
 """Training on images with texts as a whole: the result folder, resuming, the bias of the sigmoid loss."""
 
 import json
-import logging
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +11,15 @@ from safetensors.torch import load_file
 from transformers import VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
 
 from builders import SignalAt, json_lines, tinted, tinted_folder
+from helpers import load_script
 from hf_regvit import RegViTModel
 from hf_regvit.image_text.run import train_image_text
 from hf_regvit.models.saving import read_json
 from hf_regvit.training.signals import TrainingInterrupted
-from tiny_image_text import arguments, captioned_folder
+from tiny_image_text import arguments, captioned_folder, tower
 from tiny_run import same_state
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow  # each test is one or more whole runs
 
 
@@ -37,13 +41,15 @@ def test_the_result_folder_loads_with_transformers(finished):
     args, encoder = finished
     loaded = VisionTextDualEncoderModel.from_pretrained(args.folder).eval()
     processor = VisionTextDualEncoderProcessor.from_pretrained(args.folder)
-    inputs = processor(text=["a red picture", "blue"], images=[tinted(0, 1)], padding=True, return_tensors="pt")
+    inputs = processor(
+        text=["a red image", "blue"], images=[tinted(0, 1)], padding=True, truncation=True, return_tensors="pt"
+    )
     with torch.inference_mode():
         expected, outputs = encoder(**inputs), loaded(**inputs)
     assert outputs.logits_per_image.shape == (1, 2)
     torch.testing.assert_close(outputs.logits_per_image, expected.logits_per_image, atol=1e-5, rtol=0)
     assert isinstance(loaded.vision_model, RegViTModel)
-    assert processor.tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True).strip() == "a red picture"
+    assert processor.tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True).strip() == "a red image"
 
 
 def test_the_vision_model_alone_is_a_regvit(finished):
@@ -99,8 +105,7 @@ def test_a_run_with_other_texts_or_another_loss_does_not_resume(data, tmp_path):
         train_image_text(arguments(tmp_path / "run", other, resume_from_checkpoint="last"))
 
 
-def test_the_run_learns_which_text_belongs_to_an_image(data, tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+def test_the_run_learns_which_text_belongs_to_an_image(data, tmp_path):
     classes = tinted_folder(tmp_path / "classes", train=4, validation=8)
     run = {"max_steps": 40, "learning_rate": 3e-3, "save_strategy": "no", "eval_data": str(classes)}
     train_image_text(arguments(tmp_path / "run", data, templates=["a {} picture"], **run))
@@ -108,3 +113,34 @@ def test_the_run_learns_which_text_belongs_to_an_image(data, tmp_path, caplog):
     assert result["zero_shot"]["top1"] >= 0.6  # chance is a third
     lines = [line["loss"] for line in json_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert lines[-1] < lines[0]
+
+
+def test_the_command_of_the_page_runs(tmp_path, capsys):
+    """With its recipe on tinted class folders, whose names make the texts, and a smaller image and text encoder."""
+    page = (ROOT / "docs" / "how_to" / "train_on_images_with_texts.md").read_text()
+    (command,) = re.findall(r"^python (scripts/\S+) (--config .*)$", page, flags=re.MULTILINE)
+    words = shlex.split(command[1])
+    places = {"--config": ROOT / words[words.index("--config") + 1], "--init_from": tower(tmp_path / "tower")}
+    places |= {"--data": tinted_folder(tmp_path / "data", train=6, validation=4), "--output_dir": tmp_path / "run"}
+    for option, place in places.items():
+        words[words.index(option) + 1] = str(place)
+    words += shlex.split("--image_size 16 --text_hidden_size 64 --per_device_train_batch_size 6 --max_steps 2")
+    words += shlex.split("--diagnosis_images 8 --use_cpu --report_to none --disable_tqdm")
+    script = load_script(command[0])
+    assert script.main(words) == 0
+    printed = capsys.readouterr().out
+    for line in ("| zero shot ", "| linear probe ", "| chance ", "| outlier_share "):
+        assert line in printed
+    assert {"backbone", "result.json", "model.safetensors"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_the_script_reports_an_error_in_one_line(tmp_path, capsys):
+    script = load_script("scripts/run_image_text_training.py")
+    assert script.main(["--data", str(tmp_path / "none"), "--output_dir", str(tmp_path / "run"), "--use_cpu"]) == 1
+    assert re.match(r"error: '.*none' does not exist", capsys.readouterr().err)
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--text_colum", "a"])
+    assert stop.value.code == 2
+    assert "Did you mean '--text_column'?" in capsys.readouterr().err
+    assert script.main(["--help"]) == 0
+    assert "--text_column" in capsys.readouterr().out

@@ -91,21 +91,13 @@ def _vision_model(args: ImageTextArguments) -> tuple[RegViTModel, Any]:
 
 def _new_text_model(args: ImageTextArguments, texts: Iterable[str]) -> tuple[Any, Any]:
     """Return CLIP's text transformer with random weights, and a byte-level BPE tokenizer trained on the texts."""
-    import tokenizers
-    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.normalizer = tokenizers.normalizers.Sequence(
-        [tokenizers.normalizers.NFC(), tokenizers.normalizers.Lowercase()]
-    )
-    model.pre_tokenizer, model.decoder = ByteLevel(add_prefix_space=True), tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=args.vocab_size, special_tokens=_SPECIAL, initial_alphabet=ByteLevel.alphabet(), show_progress=False
-    )
+    model = ByteLevelBPETokenizer(add_prefix_space=True, lowercase=True, unicode_normalizer="nfc")
     if args.process_index == 0:
-        model.train_from_iterator(texts, trainer)
-    model = tokenizers.Tokenizer.from_str(from_first(model.to_str()))
-    model.post_processor = tokenizers.processors.TemplateProcessing(
+        model.train_from_iterator(texts, vocab_size=args.vocab_size, special_tokens=_SPECIAL, show_progress=False)
+    model = Tokenizer.from_str(from_first(model.to_str()))
+    model.post_processor = processors.TemplateProcessing(
         single=f"{_START} $A {_END}", special_tokens=[(_START, 1), (_END, 3)]
     )
     names = {"pad_token": _PAD, "bos_token": _START, "unk_token": _UNKNOWN, "eos_token": _END}
@@ -132,9 +124,7 @@ def _open_text_model(args: ImageTextArguments) -> tuple[Any, Any]:
     tokenizer.model_max_length = min(tokenizer.model_max_length, args.max_text_tokens)
     model = transformers.AutoModel.from_pretrained(name, use_safetensors=True)
     is_text = model.main_input_name == "input_ids" and hasattr(model.config, "hidden_size")
-    with torch.no_grad():
-        outputs = model(**tokenizer(["a"], return_tensors="pt")) if is_text else None
-    if getattr(outputs, "pooler_output", None) is None:
+    if not is_text or getattr(model(**tokenizer(["a"], return_tensors="pt")), "pooler_output", None) is None:
         raise ValueError(
             f"text_model '{name}' ({type(model).__name__}) is not a text encoder with a pooled output. Use "
             "one such as BERT, RoBERTa or CLIPTextModel."

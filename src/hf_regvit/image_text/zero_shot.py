@@ -1,7 +1,6 @@
 """Zero-shot classification: compare images with sentences on the classes."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -9,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.decoding import BadImageError
 from ..data.source import ImageSource
+from ..evaluation.cache import read_features
 from ..evaluation.intervals import bootstrap_interval
 from ..models.results import Record
 from ..models.tokens import TokenReader
@@ -64,21 +63,14 @@ def zero_shot(
     Raises:
         ValueError: The images have no class names, or none of them can be read.
     """
-    names = images.label_names or ()
-    transform = TokenReader(encoder.eval().vision_model, processor.image_processor).transform
-    read: list[tuple[Tensor, int]] = []
-    correct: list[Tensor] = []
-    classes = class_embeddings(encoder, processor.tokenizer, names, templates) if names else None  # (C, D)
-    for index, label in enumerate(images.labels or ()):
-        with suppress(BadImageError):
-            read.append((transform(images[index].image), label))
-        if classes is not None and read and (len(read) == batch_size or index == len(images) - 1):
-            pixels, labels = torch.stack([one for one, _ in read]), torch.tensor([one for _, one in read])
-            embeddings = encoder.visual_projection(encoder.vision_model(pixels.to(encoder.device))[1])
-            correct.append((embeddings @ classes.T).argmax(dim=-1).cpu() == labels)  # lengths change no order
-            read = []
-    if not correct:
-        raise ValueError(f"'{images.name}' has no labeled images with class names that can be read. Give others.")
-    values = torch.cat(correct).numpy().astype(np.float64)
-    interval = bootstrap_interval(values, seed=seed)
-    return {"top1": values.mean(), "interval": interval, "chance": 1 / len(names), "images": len(values)}
+    if images.labels is None or images.label_names is None:
+        raise ValueError(f"'{images.name}' has no class names. Zero-shot classification needs labeled images.")
+    reader = TokenReader(encoder.eval().vision_model, processor.image_processor)
+    features = read_features(reader, images, transform=reader.transform, batch_size=batch_size, label="zero-shot")
+    vectors = encoder.visual_projection(features.last.to(encoder.device))  # (n, D); their lengths change no order
+    classes = class_embeddings(encoder, processor.tokenizer, images.label_names, templates)  # (C, D)
+    labels = dict(zip(images.ids, images.labels))
+    found = (vectors @ classes.T).argmax(dim=-1).tolist()
+    correct = np.array([labels[id] == label for id, label in zip(features.ids, found)], dtype=np.float64)
+    interval, count = bootstrap_interval(correct, seed=seed), len(correct)
+    return {"top1": correct.mean(), "interval": interval, "chance": 1 / len(images.label_names), "images": count}

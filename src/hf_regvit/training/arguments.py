@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..evaluation.image_tasks import option
@@ -49,6 +50,12 @@ class RunArguments(TrainingArguments):
             numbers = value if isinstance(value, list) else [value]
             finite = all(math.isfinite(number) for number in numbers if isinstance(number, float))
             self._expect(item.name, finite, "a finite number")
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this process. A CPU has no index, with which transformers 5.15 could not load an optimizer."""
+        found = super().device
+        return torch.device("cpu") if found.type == "cpu" else found
 
     @property
     def folder(self) -> Path:
