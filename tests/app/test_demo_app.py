@@ -176,7 +176,7 @@ def test_a_model_whose_attention_has_an_unknown_formula_shows_everything_else(tm
     request = MapRequest(("differential", "registers"), side=32, layer=2)
     views = read_views(explorer, IMAGE, request)
     page = results_page(views, request)
-    assert page.count("The attention of this model has a formula that is not known.") == 4  # patch, CLS, 2 registers
+    assert page.count("The attention of this model has a formula that is not known.") == 3  # patch, CLS, registers
     assert torch.equal(views["differential"].patches, views["differential"].features("x").patches[0])
     with pytest.raises(ValueError, match="its formula is not known"):
         views["differential"].attention_from("cls")
@@ -233,6 +233,18 @@ def test_two_models_side_by_side(explorer):
     assert page.count("<figure>") == 2 * 7 + 2  # registers: only the model that has them
     assert "head 2" in page
     assert "block 2 of 3" in page
+
+
+def test_equal_registers_are_one_map():
+    model = tiny_model(**SIZES | {"num_register_tokens": 4})
+    with torch.no_grad():
+        model.embeddings.register_tokens[:, 2:] = model.embeddings.register_tokens[:, 1:2]
+    made = TokenReader(model, default_image_processor(32))
+    explorer = Explorer({"m": made}, reference=[noise(0, SIZE)])
+    request = MapRequest(("m",), side=32, layer=1)
+    page = results_page(read_views(explorer, InputImage.of(noise(1, SIZE), "x"), request), request, address="a=1&b=2")
+    assert re.findall(r"<h3>(Register.*?)</h3>", page) == ["Register 1", "Registers 2 to 4"]
+    assert 'data-address="a=1&amp;b=2"' in page
 
 
 def test_names_of_models_are_text_not_markup():
@@ -301,6 +313,7 @@ def app():
 
 
 def test_the_server_is_for_this_machine_and_serves_no_files(app):
+    assert launch_options(host="0.0.0.0")["server_name"] == "0.0.0.0"
     options = launch_options(port=7860)
     assert options["server_name"] == "127.0.0.1"
     assert options["share"] is False

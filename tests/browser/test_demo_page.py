@@ -36,7 +36,7 @@ def address():
 class Visit:
     """Page of one visitor, with all its messages and requests."""
 
-    def __init__(self, browser, address, width, height):
+    def __init__(self, browser, address, width, height, query):
         self.page = browser.new_page(viewport={"width": width, "height": height}, has_touch=width < 500)
         self.messages, self.requests = [], []
         self.page.on("console", self.hear)
@@ -44,7 +44,7 @@ class Visit:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.set_default_timeout(PATIENCE)
         expect.set_options(timeout=PATIENCE)
-        self.page.goto(address)
+        self.page.goto(address + query)
         expect(self.card(0)).to_contain_text("patches")
 
     def hear(self, message):
@@ -66,8 +66,8 @@ class Visit:
 def visit(browser, address):
     visits = []
 
-    def start(width=1280, height=900):
-        visits.append(Visit(browser, address, width, height))
+    def start(width=1280, height=900, query=""):
+        visits.append(Visit(browser, address, width, height, query))
         return visits[-1]
 
     yield start
@@ -86,6 +86,8 @@ def test_page_is_whole_quiet_and_offline(visit, address, screenshots, name, widt
     boxes = [here.page.locator(".maps .map").nth(i).bounding_box() for i in range(7)]
     assert all(box["width"] >= 140 and box["x"] + box["width"] <= width for box in boxes)
     here.page.screenshot(path=screenshots / f"demo_{name}.png", full_page=True)
+    examples, upload = (here.page.locator(place).bounding_box()["y"] for place in ("#examples", "#upload"))
+    assert (examples < upload) == (width < 500)
     if width < 500:
         here.page.get_by_role("button", name="Model, resolution, block, head").click()
     here.choose("compare", "with registers")
@@ -114,6 +116,47 @@ def test_a_click_asks_about_that_patch(visit):
     norms.click(position={"x": box["width"] * 0.54, "y": box["height"] * 0.05})
     expect(image).to_contain_text("patch 7, 1")
     assert here.messages == []
+
+
+def test_the_address_shows_the_same_again(visit, address):
+    here = visit()
+    here.choose("compare", "with registers")
+    expect(here.card(1)).to_contain_text("with registers")
+    here.page.locator("#examples button[data-name=coffee]").click()
+    here.page.wait_for_url(re.compile("image=coffee"))
+    here.map("Norms").locator(".map").first.click(position={"x": 5, "y": 5})
+    here.page.wait_for_url(re.compile(r"&x=[1-9]\d{2}&"))
+    known = here.page.url
+    assert "model=without+registers&compare=with+registers&side=64&block=3&head=0" in known
+    other = visit(query=known.removeprefix(address.rstrip("/") + "/").replace("block=3", "block=2"))
+    expect(other.card(1)).to_contain_text("block 2 of 3")
+    assert other.page.url == known.replace("block=3", "block=2")
+    expect(other.page.locator("#examples button[data-name=coffee]")).to_have_attribute("aria-pressed", "true")
+    here.map("Norms").locator(".map").first.hover()
+    place = here.map("Image").locator("figcaption").first.inner_text()
+    assert other.map("Image").locator("figcaption").first.inner_text() == place
+    broken = visit(query="?model=none&compare=%3Cb%3E&side=99999&block=77&head=77&x=1e9&image=../etc")
+    expect(broken.card(0)).to_contain_text("without registers")
+    assert here.messages == other.messages == broken.messages == []
+
+
+def test_a_slider_lays_b_over_a(visit):
+    here = visit()
+    here.choose("compare", "with registers")
+    expect(here.card(1)).to_contain_text("with registers")
+    pair = here.map("Norms").locator(".map")
+    assert pair.nth(0).bounding_box()["y"] != pair.nth(1).bounding_box()["y"]
+    slider = here.page.locator(".wipe [type=range]")
+    slider.fill("30")
+    assert pair.nth(0).bounding_box() == pair.nth(1).bounding_box()
+    clip = "e => getComputedStyle(e).clipPath"
+    assert pair.nth(1).evaluate(clip) == "inset(0px 0px 0px 30%)"
+    pair.nth(0).click(position={"x": 5, "y": 5})
+    here.page.wait_for_url(re.compile(r"&x=[1-9]\d{2}&"))
+    expect(here.page.locator(".maps.wiping")).to_have_count(1)  # new results keep it
+    assert pair.nth(1).evaluate(clip) == "inset(0px 0px 0px 30%)"
+    here.page.locator(".wipe [type=checkbox]").uncheck()
+    expect(here.page.locator(".maps.wiping")).to_have_count(0)
 
 
 def test_of_clicks_in_a_row_the_last_counts(visit, monkeypatch):

@@ -286,6 +286,9 @@ class DemoArguments:
 
     model: list[str] = _models("Select one of them on the page.")
     compare: str | None = option(None, "Second model to show next to the first one.")
+    host: str | None = option(
+        None, "Address to listen on. Default: 127.0.0.1, which only this machine reaches; 0.0.0.0 is open to others."
+    )
     port: int = option(7860, "Local port to listen on; 0 selects the first free port from 7860 on.")
     cache_mib: int = option(512, "Memory for cached images in MiB.")
     dense_settings: str | None = option(None, "File of `regvit dense` with block, image size and views to begin with.")

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
 import torch
 from PIL import Image
@@ -136,21 +137,22 @@ def build_app(
     return _Page(Explorer(models, device=device, **options), compare, len(reference)).app
 
 
-def launch_options(*, port: int | None = None) -> dict[str, Any]:
+def launch_options(*, port: int | None = None, host: str | None = None) -> dict[str, Any]:
     """Return options for `app.launch`: local machine only, no sharing, no files of the disk, no external fonts.
 
     Requests for other hosts than this machine are refused, so that a page elsewhere cannot reach the demo through a
-    name that leads here, and so are bodies that are larger than an image may be. The variable `GRADIO_SERVER_NAME`
-    selects another address to listen on; then the host is checked only in a Space, whose name `SPACE_HOST` gives.
+    name that leads here, and so are bodies that are larger than an image may be. With another address to listen on,
+    the host is checked only in a Space, whose name `SPACE_HOST` gives.
 
     Args:
         port: Port to listen on; 0 or None selects the first free one from 7860 on.
+        host: Address to listen on; default the variable `GRADIO_SERVER_NAME`, or 127.0.0.1.
     """
     import gradio as gr
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    address, space = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), os.environ.get("SPACE_HOST")
+    address, space = host or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), os.environ.get("SPACE_HOST")
     hosts = ["127.0.0.1", "localhost", space] if space else ["127.0.0.1", "localhost"]
     if address not in hosts and not space:
         hosts = ["*"]
@@ -175,6 +177,7 @@ def serve(
     compare: str | None,
     port: int,
     cache_mib: int,
+    host: str | None = None,
     device: str = "auto",
     dense_settings: str | None = None,
 ) -> dict[str, Any]:
@@ -185,6 +188,7 @@ def serve(
         compare: Folder or Hub id of another model to show beside the first.
         port: Port to listen on; 0 selects the first free one from 7860 on.
         cache_mib: Memory for the readings of images, in MiB.
+        host: Address to listen on; see `launch_options`.
         device: Device to compute on; "auto" is the first of cuda, mps, xpu and cpu that exists.
         dense_settings: File of `regvit dense` with the block, image size and views to begin with.
 
@@ -198,8 +202,12 @@ def serve(
         options: dict[str, Any] = {"cache_bytes": cache_mib << 20, "dense_settings": dense_settings}
         app = build_app(models, device=device, compare=shown[compare] if compare else None, **options)
         try:
-            _, address, _ = app.launch(**launch_options(port=port), prevent_thread_lock=True)
+            _, address, _ = app.launch(**launch_options(port=port, host=host), prevent_thread_lock=True)
             logger.info("The demo is running at %s. Press Ctrl-C to stop it.", address)
+            if host not in (None, "127.0.0.1", "localhost"):
+                logger.warning("Everyone who reaches %s can use this page, without a password.", address)
+            tunnel = "From another machine, open a tunnel there: ssh -N -L %d:127.0.0.1:%d USER@THIS_MACHINE"
+            logger.info(tunnel, app.server_port, app.server_port)
             app.block_thread()
         except OSError as error:
             if "empty port" not in str(error):
@@ -340,6 +348,19 @@ class _Page:
         def point(event: gr.EventData) -> tuple[float, float]:
             return float(event.x), float(event.y)
 
+        def restore(request: gr.Request) -> list[Any]:
+            """Return the state that the address of the page asks for, as far as it exists."""
+            asked, models = dict(request.query_params), self.explorer.readers
+            model = asked["model"] if asked.get("model") in models else next(iter(models))
+            compare = asked["compare"] if asked.get("compare") in (_NO_COMPARISON, *models) else self.compare.value
+            numbers = {name: int(value) for name, value in asked.items() if value.isdecimal() and len(value) < 6}
+            side, layer, head = self._adapt(model, numbers.get("side", self.explorer.default_side(model)))
+            layer["value"] = min(max(numbers.get("block", layer["value"]), 1), layer["maximum"])
+            head["value"] = min(numbers.get("head", 0), len(head["choices"]) - 1)
+            place = tuple(min(numbers.get(name, 5000), 9999) / 10_000 for name in ("x", "y"))
+            image = self.examples.get(asked.get("image", ""), self.examples[EXAMPLES[0]])
+            return [image, place, model, compare, side, layer, head]
+
         asked = [self.image, self.place, self.model, self.compare, self.side, self.layer, self.head]
         # One reading at a time. Of several requests during a reading (a moving slider, repeated clicks), the last one
         # is served; by default Gradio would drop them all. The place of each click must be stored, and in order.
@@ -350,7 +371,7 @@ class _Page:
             "show_progress": "minimal", "trigger_mode": "always_last", **common,
         }  # fmt: skip
         stored: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": 1, **quick}
-        self.app.load(lambda: self.examples[EXAMPLES[0]], None, self.image, **quick).success(**show)
+        self.app.load(restore, None, asked, **quick).success(**show)
         self.app.load(None, js=_ON_A_PHONE, api_visibility="private")
         read = _show_errors("This file cannot be used", self._open)
         opened = self.upload.upload(read, self.upload, self.image, **quick)
@@ -388,7 +409,11 @@ class _Page:
 
     def _show(self, image: InputImage, place: object, *settings: Any) -> str:
         views, request = self._views(image, place, *settings)
-        return results_page(views, request)
+        names = ("model", "compare", "side", "block", "head")
+        x, y = (int(10_000 * share) for share in request.place)
+        known = next((name for name, each in self.examples.items() if image and each.key == image.key), "")
+        state = {"image": known, **dict(zip(names, settings)), "x": x, "y": y}  # an upload has no address
+        return results_page(views, request, address=urlencode(state))
 
     def _open(self, path: str) -> InputImage:
         name = Path(path).name

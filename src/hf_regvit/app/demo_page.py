@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..figures.maps import attention_limits, color_image, colored, stretch
+from ..figures.maps import attention_limits, color_image, colored, distinct_registers, stretch
 from ..figures.pages import data_url, render
 from ..models.tokens import Query
 from .exploration import Explorer, InputImage, View
@@ -65,15 +65,21 @@ def read_views(explorer: Explorer, image: InputImage, request: MapRequest) -> di
     return views
 
 
-def results_page(views: Mapping[str, View], request: MapRequest) -> str:
-    """Return all maps of one image as HTML; two models are labeled A and B."""
+def results_page(views: Mapping[str, View], request: MapRequest, *, address: str = "") -> str:
+    """Return all maps of one image as HTML; two models are labeled A and B.
+
+    Args:
+        views: Views of one or two models by name.
+        request: Settings of the maps.
+        address: Query of the address that shows the same again.
+    """
     shown = dict(zip("AB", views.values()))
     first = shown["A"]
     kinds = {
         "image": _image, "patch": _patch, "similar": _similar, "cls": _cls, "norms": _norms, "colors": _colors,
         "object": _object,
     }  # fmt: skip
-    counts = {letter: view.description.num_register_tokens for letter, view in shown.items()}
+    registers = {letter: _registers(view, request) for letter, view in shown.items()}
     return render(
         "demo_results.html",
         folder=TEMPLATES,
@@ -85,14 +91,20 @@ def results_page(views: Mapping[str, View], request: MapRequest) -> str:
         cell=first.cell(request.place),
         maps={kind: [(letter, draw(view, request)) for letter, view in shown.items()] for kind, draw in kinds.items()},
         registers=[
-            [
-                (letter, _attention(view, request, ("register", i), f"register {i + 1}"))
-                for letter, view in shown.items()
-                if i < counts[letter]
-            ]
-            for i in range(max(counts.values()))
+            [(letter, panels[i]) for letter, panels in registers.items() if i < len(panels)]
+            for i in range(max(map(len, registers.values())))
         ],
+        address=address,
     )
+
+
+def _registers(view: View, request: MapRequest) -> list[_Panel]:
+    """Return the attention of the registers; equal ones are one map."""
+    count = view.description.num_register_tokens
+    if not count or view.attention is None:
+        return [_attention(view, request, ("register", 0), "registers")] * bool(count)
+    found = distinct_registers(torch.stack([view.attention_from(("register", i)) for i in range(count)]))
+    return [_attention(view, request, ("register", int(name.split()[1]) - 1), name) for name, _ in found]
 
 
 def _summary(name: str, view: View) -> dict[str, Any]:
@@ -148,7 +160,7 @@ def _attention(view: View, request: MapRequest, query: Query, name: str) -> _Pan
     return _Panel(
         label=f"attention of {name}",
         # Each map has its own scale; the note tells a map with a peak from a flat one.
-        note=f"{map_.sum():.1%} on patches, peak {map_.max() / map_.mean():.2g}x",
+        note=f"{map_.sum():.1%} on patches, peak {map_.max() / map_.mean():.2g}x the mean",
         grid=view.grid,
         image=data_url(_overlay(stretch(map_, *attention_limits(map_)))),
         gray=True,
@@ -173,7 +185,7 @@ def _norms(view: View, request: MapRequest) -> _Panel:
     low, high = view.norms.min().item(), view.norms.max().item()
     return _Panel(
         label="norms of the patches",
-        note=f"{low:.3g} to {high:.3g}",
+        note=f"L2 norm {low:.3g} to {high:.3g}",
         grid=view.grid,
         image=data_url(colored(stretch(view.norms, low, high), "viridis")),
         pixels=True,

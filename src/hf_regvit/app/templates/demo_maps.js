@@ -39,6 +39,20 @@ element.addEventListener('keydown', (event) => {
 document.addEventListener('focusin', (event) => { if (!element.contains(event.target)) typing = false; });
 element.addEventListener('pointerdown', () => { typing = false; });
 
+// B over A: the slider says which share of each map shows A. New results keep it, and the address shows them again.
+let wiping = false, share = 50;
+const wipe = () => {
+  const maps = element.querySelector('.maps'), box = maps.querySelector('.wipe');
+  maps.classList.toggle('wiping', !!box && wiping);
+  maps.style.setProperty('--wipe', share + '%');
+  if (box) { box.children[0].checked = wiping; box.children[1].value = share; }
+};
+element.addEventListener('input', (event) => {
+  if (!event.target.closest('.wipe')) return;
+  if (event.target.type === 'checkbox') wiping = event.target.checked; else { share = event.target.value; wiping = true; }
+  wipe();
+});
+
 const spoken = document.createElement('div');
 spoken.className = 'spoken';
 spoken.setAttribute('role', 'status');
@@ -46,8 +60,15 @@ element.parentElement.append(spoken);
 new MutationObserver(() => {
   const map = element.querySelector('.map[tabindex]');
   if (!map) return;
+  wipe();
+  const address = '?' + element.querySelector('.maps').dataset.address;
+  if (address.length > 1 && address !== location.search) history.replaceState(history.state, '', address);
+  const image = new URLSearchParams(address).get('image');
+  for (const button of document.querySelectorAll('.thumbs button')) {
+    button.setAttribute('aria-pressed', button.dataset.name === image);
+  }
   if (waiting === null) cell = null;
   if (typing && document.activeElement !== map) map.focus({preventScroll: true});
   const said = [...element.querySelectorAll('.card')].map((card) => card.innerText).join('. ');
   if (said !== spoken.textContent) spoken.textContent = said;
-}).observe(element, {childList: true, subtree: true});
+}).observe(element, {childList: true, subtree: true, attributes: true, attributeFilter: ['class', 'data-address']});
