@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, TrainerCallback, TrainerState
 
 from builders import (
@@ -25,6 +25,9 @@ from builders import (
     write,
 )
 from hf_regvit import RegViTModel, convert, pretrain
+from hf_regvit.hub.card import CardError, card_header
+from hf_regvit.hub.publish import publish
+from hf_regvit.models.configuration_regvit import CheckpointError
 from hf_regvit.models.processing import default_image_processor
 from hf_regvit.pretraining.collapse import CollapseAlarms
 from hf_regvit.pretraining.comparison import BestTeacher, masked_patches, mirror_agreement, patch_labels, score
@@ -195,6 +198,42 @@ def test_merged_updates_equal_the_adapter_that_peft_loads(family, tmp_path):
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all("lora_" in name or "register_tokens" in name for name in saved)
     assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["r"] == 8
+
+
+@pytest.mark.slow
+def test_updates_are_published_without_the_model(tmp_path, hub):
+    own_model(tmp_path / "source")
+    continued(tmp_path / "run", tmp_path / "source", max_steps=2)
+    adapter, bundled = tmp_path / "run" / "adapter", tmp_path / "bundle"
+    options = {"output_dir": bundled, "card": {"license": "apache-2.0", "base_model": "me/base"}}
+    with pytest.raises(CheckpointError, match=r"belong to 'source', .* name it with --base_model owner/name"):
+        publish(adapter, "me/updates", output_dir=bundled, card={"license": "apache-2.0"})
+    with pytest.raises(CardError, match=r"--license apache-2\.0"):
+        publish(adapter, "me/updates", output_dir=bundled, card={"base_model": "me/base"})
+    assert not bundled.exists()
+    done = publish(adapter, "me/updates", push=True, **options)
+    names = {"README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json"}
+    assert {path.name for path in bundled.iterdir()} == names == set(done.bundle.names)
+    assert set(hub.files("me/updates")) >= names
+    assert publish(adapter, "me/updates", push=True, **options).sent.changed is False
+    text = (bundled / "README.md").read_text()
+    assert card_header(text)["base_model"] == "me/base"
+    assert 'PeftModel.from_pretrained(base, "me/updates")' in text
+    assert 'convert("me/base")' in text
+    base = RegViTModel.from_pretrained(tmp_path / "source")
+    loaded = peft.PeftModel.from_pretrained(base, bundled).merge_and_unload()
+    merged = RegViTModel.from_pretrained(tmp_path / "run" / "backbone")
+    trained = {name: tensor for name, tensor in merged.state_dict().items() if "mask_token" not in name}
+    for name, tensor in trained.items():  # the mask token is for training alone
+        torch.testing.assert_close(loaded.state_dict()[name], tensor, atol=1e-6, rtol=0)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    first = next(name for name in tensors if ".lora_A." in name)
+    save_file(tensors | {first: tensors[first] * float("nan")}, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="has NaN or infinity"):
+        publish(adapter, "me/updates", **options)
+    save_file(tensors | {first: tensors[first][:, :-1].contiguous()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"The update of .* but the merged model has"):
+        publish(adapter, "me/updates", **options)
 
 
 @pytest.mark.slow

@@ -296,7 +296,7 @@ class DemoArguments:
 class PublishArguments:
     """Options of `regvit publish`."""
 
-    model: str = option(MISSING, "Local RegViT checkpoint, or the folder of a training run.", "--model_name_or_path")
+    model: str = option(MISSING, "RegViT checkpoint, folder of a run, or its `adapter/`.", "--model_name_or_path")
     repo_id: str | None = option(
         None, "Hub repository id, owner/name. The model card loads the model from it.", "--hub_model_id"
     )

@@ -17,6 +17,7 @@ from ..models.modeling_regvit import RegViTPreTrainedModel
 from ..models.processing import unknown_processor
 from ..models.saving import num_bytes, remove_leftovers, whole_folder
 from ..models.tokens import TokenReader
+from .adapter import bundle_adapter, is_adapter
 from .bundle import SHARD_SIZE, Bundle, bundle, option_hashes, read_bundle, read_object
 from .facts import ANY_FOLDER, Json, is_hub_id
 from .scan import doubtful_content
@@ -28,20 +29,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Publication:
-    """Result of `publish`; `sent` is None if nothing was uploaded."""
+    """Result of `publish`; `sent` is None if nothing was uploaded, and `verification` is None for an adapter."""
 
     bundle: Bundle
-    verification: Verification
+    verification: Verification | None
     sent: PushResult | None
 
     def to_dict(self) -> dict[str, object]:
         """Return the result as a dict for JSON."""
+        verified: dict[str, object] = {}
+        if done := self.verification:
+            verified = {"loaded_without_hf_regvit": done.loaded, "largest_difference": done.largest_difference}
+            verified["pipelines_not_run"] = done.not_run
         return {
             **dataclasses.asdict(self.bundle),
             "folder": str(self.bundle.folder),
-            "loaded_without_hf_regvit": self.verification.loaded,
-            "largest_difference": self.verification.largest_difference,
-            "pipelines_not_run": self.verification.not_run,
+            **verified,
             "sent": None if self.sent is None else dataclasses.asdict(self.sent),
         }
 
@@ -51,13 +54,13 @@ class Publication:
         upload = "Not uploaded. Add --push to upload."
         if self.sent:
             upload = self.sent.url + ("" if self.sent.changed else " (all files were already there)")
-        return {
-            "bundle": f"{self.bundle.folder}: {len(self.bundle.names)} files, {size:.1f} MiB",
-            "verified": f"loaded without hf_regvit as {', '.join(self.verification.loaded)}; largest difference "
-            f"{self.verification.largest_difference:.1g} over {len(self.verification.compared)} outputs",
-            **{f"pipeline not tested, {task}": reason for task, reason in self.verification.not_run.items()},
-            "upload": upload,
-        }
+        verified = {"verified": f"{self.bundle.parameters:,} numbers of low-rank updates, all finite"}
+        if done := self.verification:
+            text = f"loaded without hf_regvit as {', '.join(done.loaded)}; largest difference "
+            verified = {"verified": f"{text}{done.largest_difference:.1g} over {len(done.compared)} outputs"}
+            verified |= {f"pipeline not tested, {task}": reason for task, reason in done.not_run.items()}
+        files = f"{self.bundle.folder}: {len(self.bundle.names)} files, {size:.1f} MiB"
+        return {"bundle": files, **verified, "upload": upload}
 
 
 def publish(
@@ -83,7 +86,8 @@ def publish(
     command continues an interrupted push.
 
     Args:
-        model: RegViT: a checkpoint or run folder (see `bundle`), a Hub id, a module, or a reader of `open_model`.
+        model: RegViT: a checkpoint or run folder (see `bundle`), a Hub id, a module, or a reader of `open_model`; or
+            the folder `adapter/` of a run with low-rank updates, which is published without the model.
         repo_id: Hub repository id `owner/name`, from which the card loads the model. Required to push.
         output_dir: Folder for the bundle. Default: `bundles/` followed by the name of the repository or model.
         reports: Reports for the card, see `bundle`.
@@ -115,14 +119,18 @@ def publish(
         "max_shard_size": max_shard_size, "exported": exported,
     }  # fmt: skip
     remove_leftovers(output.parent)
-    with _as_folder(model) as folder:
-        if (output / "manifest.json").is_file():
-            made = read_bundle(output)
-            _check_same_options(output, option_hashes(**asked))
-            logger.info("'%s' already contains a bundle, which is verified and used.", output)
-        else:
-            made = bundle(folder, output, **asked)
-        verification = verify(output, original=folder)
+    verification: Verification | None = None
+    if isinstance(model, str | Path) and is_adapter(model):
+        made = bundle_adapter(model, output, card={**(card or {}), "repo_id": repo_id})
+    else:
+        with _as_folder(model) as folder:
+            if (output / "manifest.json").is_file():
+                made = read_bundle(output)
+                _check_same_options(output, option_hashes(**asked))
+                logger.info("'%s' already contains a bundle, which is verified and used.", output)
+            else:
+                made = bundle(folder, output, **asked)
+            verification = verify(output, original=folder)
     for sentence in doubtful_content(output, made.names):
         logger.warning("This may be private, so check it before an upload: %s.", sentence)
     if not push or not repo_id:

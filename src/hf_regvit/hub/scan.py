@@ -19,6 +19,7 @@ WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetens
 _ROOT_FILES = {"config.json", "preprocessor_config.json", CARD, "manifest.json", "recipe.yaml", "LICENSE", *CODE_FILES}
 _ROOT_FILES |= {"metrics.json", "curves.png", "confusion_matrix.png"}  # of fine-tuned models; no images of the data
 _ROOT_FILES |= {"proof.json", "check.npz", "run.py"}  # of an export, with its folders; never a pickle of torch
+_ROOT_FILES |= {"adapter_config.json", "adapter_model.safetensors"}  # of low-rank updates
 _ROOT_FILES |= {"index.html", "page.css", "page.js"}  # of an export with a page
 _FOLDERS = {"figures": {".png"}, "reports": {".json", ".jsonl"}, "onnx": {".onnx", ".data"}}
 _FOLDERS |= {"openvino": {".xml", ".bin"}, "runtime": {".mjs", ".wasm", ".txt"}}  # the last one is that of a page
