@@ -43,7 +43,7 @@ def test_class_embeddings_equal_their_slow_twin(built):
 def test_zero_shot_equals_its_slow_twin(built, tmp_path):
     encoder, processor = built
     images = load_images(tinted_folder(tmp_path, NAMES, train=5), split="train")
-    found = zero_shot(encoder, processor, images, templates=TEMPLATES, batch_size=4)
+    found = zero_shot(encoder, processor, images, templates=TEMPLATES)
     classes = class_embeddings(encoder, processor.tokenizer, images.label_names, TEMPLATES)
     right = 0
     for record in (images[i] for i in range(len(images))):
@@ -57,8 +57,8 @@ def test_zero_shot_equals_its_slow_twin(built, tmp_path):
 
 def test_images_that_cannot_be_read_are_left_out(built, tmp_path):
     class_folder(tmp_path, one=3, two=2)
-    write(tmp_path / "two" / "z.png", b"broken")  # the last one, after which the rest of a batch is due
-    found = zero_shot(*built, load_images(tmp_path), batch_size=2)
+    write(tmp_path / "two" / "z.png", b"broken")
+    found = zero_shot(*built, load_images(tmp_path))
     assert found["images"] == 5
 
 

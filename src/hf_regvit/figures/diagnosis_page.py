@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 # Okabe-Ito colors, which color-blind readers can tell apart. Orange always means outlier, blue normal, green register.
 _OUTLIER, _NORMAL, _REGISTER = "#d55e00", "#0072b2", "#009e73"
-_ATTENTION_NAMES = {
+_NAMES = {
     "mass_on_patches": "attention of CLS to patches",
     "mass_on_outliers": "attention of CLS to outliers",
     "mass_on_registers": "attention of CLS to registers",
@@ -81,14 +81,11 @@ def report_page(report: ArtifactReport, **names: str) -> str:
         next_step=sentence,
         command=f"regvit {shlex.join(command)}",
         blocks=[[cell_text(value) for value in row] for row in _blocks(report)],
-        heads=_heads(report.sinks) if report.sinks else [],
         charts=_charts(report),
         neighbors=report.neighbours,
         examples=[{"id": example["id"], "panels": _example(example, report)} for example in report.examples],
         positions=_positions(report),
-        attention=_attention(report),
         controls=_controls(report.controls or {}),
-        probes=_tables(report.probes or {}),
         settings=[
             [_NAMES.get(key, key.replace("_", " ")), cell_text(value)] for key, value in report.settings.items()
         ],
@@ -285,28 +282,6 @@ def _densities(neighbors: Record) -> "Figure":
     return figure
 
 
-_SETS = {"outliers": "Attention to outliers", "registers": "Attention to registers", "cls": "Attention to CLS",
-         "top": "Attention to the top 2 % of the tokens"}  # fmt: skip
-_CLASSES = {"N": "parking place", "B": "notice board", "m": "mixed", "": "no sink"}
-
-
-def _heads(sinks: Record) -> list[Record]:
-    """Return a map of blocks and heads for each set of tokens."""
-    return [
-        {
-            "title": title,
-            "size": (len(found["mass"]), len(found["mass"][0])),
-            "cells": [
-                {"block": block, "head": head, "mass": mass, "kind": found["class"][block][head],
-                 "text": f"block {block + 1}, head {head + 1}: {mass:.0%} of the attention, value "
-                 f"{number_text(found['ratio'][block][head])} of normal, {_CLASSES[found['class'][block][head]]}"}
-                for block, row in enumerate(found["mass"]) for head, mass in enumerate(row)
-            ],
-        }
-        for name, title in _SETS.items() if (found := sinks["sets"].get(name))
-    ]  # fmt: skip
-
-
 # --- Maps
 
 
@@ -393,35 +368,9 @@ def _positions(report: ArtifactReport) -> list[Record]:
 # --- Tables
 
 
-def _attention(report: ArtifactReport) -> list[list[str]]:
-    statistics = report.attention["statistics"] if report.attention is not None else {}
-    return [
-        [name, f"{statistics[key]['mean']:.3f}", f"{statistics[key]['std']:.3f}"]
-        for key, name in _ATTENTION_NAMES.items()
-        if key in statistics and not (key == "mass_on_registers" and report.registers is None)
-    ]
-
-
 def _controls(controls: Record) -> tuple[list[str], list[list[str]]]:
     kinds = {kind: entry for kind, entry in controls.items() if isinstance(entry, Mapping)}
     names = {key: name for key, name in _CONTROL_NAMES.items() if any(e.get(key) is not None for e in kinds.values())}
     rows = [[kind, *(number_text(entry.get(key), 4) for key in names)] for kind, entry in kinds.items()]
     rows = [row for row in rows if set(row[1:]) != {"-"}]  # the unmodified model has no cosines with itself
     return ["registers", *names.values()], rows
-
-
-def _tables(content: Record) -> list[tuple[list[str], list[list[str]]]]:
-    """Return nested results as tables: plain values first, then one table per dictionary of dictionaries."""
-    plain, nested = [], []
-    for key, value in content.items():
-        name = key.replace("_", " ")
-        if isinstance(value, Mapping) and value and all(isinstance(entry, Mapping) for entry in value.values()):
-            columns = list(dict.fromkeys(column for entry in value.values() for column in entry))
-            rows = [
-                [row.replace("_", " "), *(cell_text(entry.get(column)) for column in columns)]
-                for row, entry in value.items()
-            ]
-            nested.append(([name, *(column.replace("_", " ") for column in columns)], rows))
-        else:
-            plain.append([name, cell_text(value)])
-    return ([(["setting", ""], plain)] if plain else []) + nested

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, TrainerCallback
@@ -13,7 +12,7 @@ from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel,
 from ..hub.facts import finetuning_facts, public_recipe
 from ..models.manifest import STATE, WEIGHTS, verify_checkpoint
 from ..training.callbacks import TrainingProgress
-from ..training.distributed import from_first, full_tensor
+from ..training.distributed import from_first
 from ..training.finite import without_ids
 from ..training.parameter_groups import group_parameters, parameter_rules
 from ..training.samplers import EpochSampler
@@ -103,11 +102,6 @@ class FinetuningTrainer(RunTrainer):
         if self.model.training:
             self.guard.see_batch(inputs.get("sample_ids"), inputs.get("epochs"), {"loss": loss})
         return (loss, outputs) if return_outputs else loss
-
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        norm = super()._clip_grad_norm(model)
-        self.guard.see_gradients({"model": torch.as_tensor(full_tensor(norm))})
-        return norm
 
     # Pushes publish the merged model, as at the end of the run.
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data.augmentation import random_crop_box, random_numbers, resize
@@ -156,20 +154,17 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         return len(self.images.source)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        seed, source = self.args["seed"], self.images.source
-        numbers = random_numbers(seed, *key, rows=1)[0]
+        seed, side, scale, flip = self.args.values()
+        numbers, source = random_numbers(seed, *key, rows=1)[0].tolist(), self.images.source
 
         def read(index: int) -> dict[str, Any]:
             if not (texts := self.images.texts_of(index)):
                 raise BadImageError(source.ids[index], "it has no text", "no text")
-            text = texts[int(numbers[_TEXT] * len(texts))]
-            return {"pixel_values": self._crop(source[index].image, numbers), "text": text}
+            image = source[index].image
+            box = random_crop_box(image.size, numbers, scale=scale, aspect_ratio=(3 / 4, 4 / 3))
+            pixels = torch.from_numpy(resize(np.asarray(image.crop(box)), side)).permute(2, 0, 1)
+            pixels = pixels.flip(-1) if numbers[_FLIP] < flip else pixels
+            return {"pixel_values": pixels.contiguous(), "text": texts[int(numbers[_TEXT] * len(texts))]}
 
         used, item = first_usable(read, key, seed=seed, count=len(self), bad_images=self.bad_images)
         return {**item, "sample_ids": used, "epochs": key[0]}
-
-    def _crop(self, image: Image.Image, numbers: np.ndarray) -> Tensor:
-        scale = self.args["crop_scale"]
-        box = random_crop_box(image.size, numbers.tolist(), scale=scale, aspect_ratio=(3 / 4, 4 / 3))
-        pixels = torch.from_numpy(resize(np.asarray(image.crop(box)), self.args["image_size"])).permute(2, 0, 1)
-        return (pixels.flip(-1) if numbers[_FLIP] < self.args["flip_probability"] else pixels).contiguous()

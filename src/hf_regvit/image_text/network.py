@@ -46,6 +46,8 @@ class ImageTextNetwork(nn.Module):
 
     def forward(self, pixel_values: Tensor, **tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return the embeddings (b, D) of images and texts, of length 1, and factor and bias of the logits."""
+        if self.training:
+            self.encoder.logit_scale.data.clamp_(0, math.log(100))  # as OpenCLIP does after every step
         outputs = self.encoder(pixel_values=pixel_values, **tokens)
         return outputs.image_embeds, outputs.text_embeds, self.encoder.logit_scale.exp(), self.logit_bias
 
@@ -66,9 +68,8 @@ def build_network(
     transformers.set_seed(args.seed)
     tower, image_processor = _vision_model(args)
     text_model, tokenizer = _new_text_model(args, texts) if args.text_model is None else _open_text_model(args)
-    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
-        tower.config, text_model.config, projection_dim=args.projection_dim
-    )
+    configs, joined = (tower.config, text_model.config), transformers.VisionTextDualEncoderConfig
+    config = joined.from_vision_text_configs(*configs, projection_dim=args.projection_dim)
     encoder = VisionTextDualEncoderModel(config, vision_model=tower, text_model=text_model).train()
     return ImageTextNetwork(encoder, args.loss), VisionTextDualEncoderProcessor(image_processor, tokenizer)
 
@@ -97,17 +98,14 @@ def _new_text_model(args: ImageTextArguments, texts: Iterable[str]) -> tuple[Any
     if args.process_index == 0:
         model.train_from_iterator(texts, vocab_size=args.vocab_size, special_tokens=_SPECIAL, show_progress=False)
     model = Tokenizer.from_str(from_first(model.to_str()))
-    model.post_processor = processors.TemplateProcessing(
-        single=f"{_START} $A {_END}", special_tokens=[(_START, 1), (_END, 3)]
-    )
+    form, ids = f"{_START} $A {_END}", [(_START, 1), (_END, 3)]
+    model.post_processor = processors.TemplateProcessing(single=form, special_tokens=ids)
     names = {"pad_token": _PAD, "bos_token": _START, "unk_token": _UNKNOWN, "eos_token": _END}
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, model_max_length=args.max_text_tokens, **names
-    )
-    width = args.text_hidden_size
+    width, length = args.text_hidden_size, args.max_text_tokens
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model, model_max_length=length, **names)
     config = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=args.text_layers,
-        num_attention_heads=width // 64, max_position_embeddings=args.max_text_tokens, hidden_act="gelu",
+        num_attention_heads=width // 64, max_position_embeddings=length, hidden_act="gelu",
         projection_dim=args.projection_dim, pad_token_id=0, bos_token_id=1, eos_token_id=3,
     )  # fmt: skip
     return transformers.CLIPTextModel(config), tokenizer

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from transformers import TrainerCallback, VisionTextDualEncoderModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..diagnosis.diagnose import diagnose
 from ..evaluation.run import evaluate_backbone
@@ -24,9 +24,7 @@ from .zero_shot import zero_shot
 logger = logging.getLogger(__name__)
 
 
-def train_image_text(
-    args: ImageTextArguments, *, callbacks: Sequence[TrainerCallback] = ()
-) -> VisionTextDualEncoderModel:
+def train_image_text(args: ImageTextArguments, *, callbacks: Sequence[TrainerCallback] = ()) -> PreTrainedModel:
     """Train a dual encoder of images and texts, evaluate it, and write its folder.
 
     `output_dir` receives the dual encoder with its processor, the vision model alone in `backbone/`, `result.json`,
@@ -37,7 +35,7 @@ def train_image_text(
         callbacks: Additional trainer callbacks.
 
     Returns:
-        The dual encoder in eval mode.
+        The dual encoder, a `VisionTextDualEncoderModel`, in eval mode.
 
     Raises:
         ValueError: The data or a model cannot be used, or arguments contradict each other.
@@ -83,20 +81,15 @@ def _artifacts(trainer: ImageTextTrainer, reader: TokenReader) -> Record | None:
     report = diagnose(reader, source, max_images=args.diagnosis_images, seed=args.seed, progress=False)
     names = ("outlier_share", "bimodal", "separation", "cutoff", "layer", "num_images")
     layer = next(one for one in report.layers if one["layer"] == report.layer)
-    norms = {name: layer.get(name) for name in ("median", "max", "register_norms")}
-    return {name: getattr(report, name) for name in names} | norms
+    return {n: getattr(report, n) for n in names} | {n: layer.get(n) for n in ("median", "max", "register_norms")}
 
 
 def _report(trainer: ImageTextTrainer, processor: object, reader: TokenReader) -> Record:
     """Return the content of `result.json` without the diagnosis."""
     args, network, images = trainer.args, trainer.model, trainer.images
-    report: Record = {
-        "loss": args.loss,
-        "steps": trainer.state.global_step,
-        "images": len(images.source),
-        "logit_scale": network.encoder.logit_scale.exp().item(),
-        "logit_bias": None if network.logit_bias is None else network.logit_bias.item(),
-    }
+    report: Record = {"loss": args.loss, "steps": trainer.state.global_step, "images": len(images.source)}
+    report["logit_scale"] = network.encoder.logit_scale.exp().item()
+    report["logit_bias"] = None if network.logit_bias is None else network.logit_bias.item()
     if images.labeled is not None and (heldout := images.labeled.heldout) is not None:
         chosen: Record = {"train": images.labeled.train, "max_images": args.max_probe_images, "seed": args.seed}
         probe = evaluate_backbone(reader, heldout, tasks=["linear"], **chosen).scores[0]

@@ -1,6 +1,5 @@
 """The Trainer of images with texts: the optimizer groups and the step."""
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ..data.augmentation import normalize_pixels
 from ..training.finite import without_ids
@@ -21,14 +19,6 @@ from .losses import sigmoid_loss, softmax_loss
 from .network import ImageTextNetwork
 
 _TOKENS = ("position_embeddings", "cls_token", "register_tokens")
-
-
-class ScaleLimit(TrainerCallback):
-    """Callback that keeps the factor of the cosines between 1 and 100 after every step, as OpenCLIP does."""
-
-    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Clamp the logarithm of the factor."""
-        kwargs["model"].encoder.logit_scale.data.clamp_(0, math.log(100))
 
 
 def collate_pairs(tokenizer: Any, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -63,15 +53,10 @@ class ImageTextTrainer(RunTrainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.images, self._image_processor = images, processor.image_processor
-        super().__init__(
-            network,
-            args,
-            train_dataset=ImageTextDataset(images, args),
-            train_collator=partial(collate_pairs, processor.tokenizer),
-            sampler=EpochSampler(len(images.source), seed=args.seed, images_per_step=args.images_per_step),
-            names=images.source.ids,
-            callbacks=[ScaleLimit(), *callbacks],
-        )
+        sampler = EpochSampler(len(images.source), seed=args.seed, images_per_step=args.images_per_step)
+        data, collator = ImageTextDataset(images, args), partial(collate_pairs, processor.tokenizer)
+        options: dict[str, Any] = {"names": images.source.ids, "callbacks": callbacks}
+        super().__init__(network, args, train_dataset=data, train_collator=collator, sampler=sampler, **options)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the parameters with and without weight decay; only matrices decay.
@@ -92,11 +77,6 @@ class ImageTextTrainer(RunTrainer):
         loss = softmax_loss(*pairs, scale=scale) if bias is None else sigmoid_loss(*pairs, scale=scale, bias=bias)
         self.guard.see_batch(inputs.get("sample_ids"), inputs.get("epochs"), {"loss": loss})
         return loss
-
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        norm = torch.as_tensor(super()._clip_grad_norm(model))
-        self.guard.see_gradients({"model": norm})
-        return norm
 
     def step_values(self) -> Mapping[str, float]:
         """Return the factor of the cosines."""

@@ -43,7 +43,6 @@ def zero_shot(
     images: ImageSource,
     *,
     templates: Sequence[str] = ("a photo of a {}.",),
-    batch_size: int = 64,
     seed: int = 0,
 ) -> Record:
     """Classify labeled images by the most similar class.
@@ -53,7 +52,6 @@ def zero_shot(
         processor: Its `VisionTextDualEncoderProcessor`.
         images: Labeled images with class names. Those that cannot be read are left out.
         templates: Sentences with {} for the class name.
-        batch_size: Number of images per forward pass.
         seed: Random seed of the interval.
 
     Returns:
@@ -66,7 +64,7 @@ def zero_shot(
     if images.labels is None or images.label_names is None:
         raise ValueError(f"'{images.name}' has no class names. Zero-shot classification needs labeled images.")
     reader = TokenReader(encoder.eval().vision_model, processor.image_processor)
-    features = read_features(reader, images, transform=reader.transform, batch_size=batch_size, label="zero-shot")
+    features = read_features(reader, images, transform=reader.transform, label="zero-shot")
     vectors = encoder.visual_projection(features.last.to(encoder.device))  # (n, D); their lengths change no order
     classes = class_embeddings(encoder, processor.tokenizer, images.label_names, templates)  # (C, D)
     labels = dict(zip(images.ids, images.labels))

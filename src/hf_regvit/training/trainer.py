@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from .arguments import RunArguments
 from .callbacks import Observer, TrainingProgress
 from .checkpoints import CheckpointedTrainer
+from .distributed import full_tensor
 from .finite import FiniteGuard, out_of_memory, peak_memory_mib
 from .run_folder import package_versions
 from .samplers import EpochSampler, StreamSampler
@@ -301,6 +302,11 @@ class RunTrainer(CheckpointedTrainer):
             self._window = self._started = (time.perf_counter(), self.state.global_step)
             self._waited = self._evaluated = 0.0  # the first wait is the startup of the workers
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        norm = super()._clip_grad_norm(model)
+        self.guard.see_gradients({"model": torch.as_tensor(full_tensor(norm))})
+        return norm
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> Any:  # type: ignore[override]
         """Train, and report an out-of-memory error with advice.
