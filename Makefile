@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # On two cores, two test processes with one thread each are faster than one process with two threads.
-PYTEST_OPTIONS := -n 2 --dist loadfile
+PYTEST_OPTIONS := -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 # ONNX Runtime and OpenVINO, in a process that had run thousands of other tests, ended it without a trace (seen twice, at
 # the same test); alone the same tests pass. Therefore they have a process of their own. Export needs transformers 5.24.
@@ -43,12 +43,12 @@ demo: $(VENV)/installed ## pretrain and evaluate a small RegViT and draw figures
 
 test: $(VENV)/installed-dev ## run the fast tests (about 5 minutes on two cores)
 	$(PYTEST) --ignore $(ENGINES)
-	$(PYTEST) $(ENGINES)
+	$(PYTEST) --dist load $(ENGINES)
 
 test-all: $(VENV)/installed-dev ## run all tests: fast, slow, remote code, the common suite of transformers
 	$(BIN)/python scripts/dev/get_hf_common_tests.py
 	$(PYTEST) -m "not gpu" $(ERROR_SHARE) --ignore $(ENGINES)
-	$(PYTEST) -m "not gpu" $(ERROR_SHARE) $(ENGINES)
+	$(PYTEST) --dist load -m "not gpu" $(ERROR_SHARE) $(ENGINES)
 
 test-attacks: $(VENV)/installed-dev ## run the attacks: full disks, killed writers, hostile files (under 5 minutes on two idle cores)
 	$(PYTEST) -m attacks tests/attacks

@@ -40,6 +40,15 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.exit("../shared is missing. Set REGVIT_WITHOUT_SHARED=1 where that is meant.", returncode=4)
 
 
+# Folders with the files that take longest. They come first, so that two test processes end at about the same time.
+LONG = {"attacks", "distributed", "integration", "parity"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the tests of whole runs; within each half the order stays as it is."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
+
+
 # Folders of the unit tests, one a room of the package, and the tests of whole runs.
 ROOMS = {
     "models", "data", "evaluation", "diagnosis", "figures", "hub", "training", "pretraining", "finetuning", "app",

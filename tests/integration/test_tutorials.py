@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from builders import encoded, image_table, json_lines, mask_folder, noise, save_model, tiny_source
+from helpers import load_script
 from hf_regvit import RegViTConfig, RegViTModel
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +97,28 @@ def test_tutorial_runs(tutorial, workplace):
         assert list((workplace / "comparison").iterdir())
     if tutorial.stem == "fine_tune_on_your_own_folder":
         check_run_folder(workplace / "runs" / "full", tutorial.read_text())
+
+
+@pytest.mark.parametrize("tutorial", sorted((ROOT / "docs" / "tutorials").glob("*.md")), ids=lambda path: path.stem)
+def test_a_notebook_is_its_tutorial(tutorial):
+    wanted = load_script("scripts/dev/write_notebooks.py").notebook_of(tutorial)
+    found = nbformat.read(ROOT / "docs" / "notebooks" / f"{tutorial.stem}.ipynb", as_version=4)
+    assert found == wanted, "run python scripts/dev/write_notebooks.py"
+    blocks = [
+        ("%%bash\n" if language == "bash" else "") + code for language, code in BLOCK.findall(tutorial.read_text())
+    ]
+    assert [cell.source for cell in found.cells if cell.cell_type == "code"] == [code.rstrip("\n") for code in blocks]
+
+
+@pytest.mark.slow
+def test_a_notebook_runs_in_a_kernel(workplace, monkeypatch):
+    from nbclient import NotebookClient
+
+    bin_folder = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", f"{bin_folder}{os.pathsep}{os.environ['PATH']}")
+    notebook = nbformat.read(ROOT / "docs" / "notebooks" / "compare_two_backbones.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(workplace)}}).execute()
+    assert any(cell.get("outputs") for cell in notebook.cells)
 
 
 @pytest.mark.slow
