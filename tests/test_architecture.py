@@ -288,3 +288,9 @@ def test_code_lines_leaves_out_text(tmp_path):
 )  # fmt: skip
 def test_no_function_is_longer_than_a_page(path):
     assert [function for function in functions_of(path) if function[1] > LINES_OF_A_FUNCTION] == []
+
+
+def test_test_files_have_names_of_their_own():
+    """pytest imports them by name alone, so two with one name cannot run together."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))
