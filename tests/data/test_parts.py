@@ -27,11 +27,12 @@ def test_the_splits_of_one_source(tmp_path):
 def test_a_share_is_held_out_only_where_there_is_no_validation_split(tmp_path):
     root = class_folder(tmp_path / "a", ant=10, bee=20)
     parts = open_parts(root, heldout_share=0.2, seed=3)
-    kept, held = stratified_split(load_images(root).labels, held_out_share=0.2, seed=3)
+    kept, held = stratified_split(load_images(root).labels, held_out_share=0.2, seed=0)
     assert parts.held_out_from_train
     assert list(parts.train.ids) == load_images(root).subset(kept).ids
     assert list(parts.heldout.ids) == load_images(root).subset(held).ids
-    assert parts.report[1].startswith("Held out: 6 of 30 training images (train_val_split 0.2, seed 3)")
+    assert parts.report[1].startswith("Held out: 6 of 30 training images (train_val_split 0.2)")
+    assert open_parts(root, heldout_share=0.2, seed=4).heldout.ids == parts.heldout.ids
     both = tmp_path / "b"
     class_folder(both / "train", ant=4, bee=4)
     class_folder(both / "validation", ant=1, bee=1)
@@ -70,7 +71,7 @@ def test_missing_splits(tmp_path):
     with pytest.raises(ValueError, match="no images to train on"):
         open_parts(heldout=root)
     with pytest.raises(ValueError, match=r"has 4 images, too few to hold out 10%"):
-        hold_out(load_images(class_folder(tmp_path / "b", a=1, b=1, c=1, d=1)), 0.1, seed=0)
+        hold_out(load_images(class_folder(tmp_path / "b", a=1, b=1, c=1, d=1)), 0.1)
 
 
 @pytest.mark.parametrize("draw", ["shuffled", "in_order", "every_class"])

@@ -84,9 +84,10 @@ def open_parts(
         heldout: Held-out images stored separately: all images.
         kind: Kind of target of an image: a class, a mask, a depth map, or none that must be checked (`images`).
         heldout_share: Share of the training images to hold out, stratified by class, if nothing else is held out.
-            None holds out nothing.
+            None holds out nothing. The images held out depend on the images alone, so a run and a later evaluation
+            with the same share hold out the same ones, whatever their seeds.
         need_heldout: True if missing held-out images are an error.
-        seed: Random seed of held-out and drawn images.
+        seed: Random seed of drawn images.
         max_train: Largest number of training images. Default: all.
         max_heldout: Largest number of held-out images. Default: all.
         draw: Way to draw a smaller number: `shuffled`; `in_order` keeps the order; `every_class` keeps the order and
@@ -124,8 +125,8 @@ def open_parts(
         held = None if held is None else _checked_labels(held, "validation", column)
     if held is None and heldout_share is not None:
         whole, is_from_train = trained, True
-        trained, held = hold_out(whole, heldout_share, seed=seed, by_class=kind in ("classes", "images"))
-        share = f"train_val_split {heldout_share:g}, seed {seed}"
+        trained, held = hold_out(whole, heldout_share, by_class=kind in ("classes", "images"))
+        share = f"train_val_split {heldout_share:g}"
         report.append(
             f"Held out: {len(held)} of {len(whole)} training images ({share}), as there is no validation split."
         )
@@ -192,14 +193,14 @@ def _load(
 # --- Numbers of images
 
 
-def hold_out(train: ImageSource, share: float, *, seed: int, by_class: bool = True) -> tuple[ImageSource, ImageSource]:
+def hold_out(train: ImageSource, share: float, *, by_class: bool = True) -> tuple[ImageSource, ImageSource]:
     """Hold out a share of the images, of every class if they have classes.
 
     Raises:
         ValueError: There are too few images to hold out any.
     """
     classes = train.labels if by_class and train.labels is not None else [0] * len(train)
-    kept, held = stratified_split(classes, held_out_share=share, seed=seed)
+    kept, held = stratified_split(classes, held_out_share=share, seed=0)
     if not held or not kept:
         raise ValueError(
             f"'{train.name}' has {len(train)} images, too few to hold out {share:.0%} of every class. Give more "
