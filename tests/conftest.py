@@ -40,13 +40,14 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.exit("../shared is missing. Set REGVIT_WITHOUT_SHARED=1 where that is meant.", returncode=4)
 
 
-# Folders with the files that take longest. They come first, so that two test processes end at about the same time.
-LONG = {"attacks", "distributed", "integration", "parity"}
+# Folders with the files that take longest, and `tests/` itself, come first, so that two test processes end at about
+# the same time. The browser comes last: a loader worker that is forked while it runs would keep it from ending.
+PLACES = {"attacks": 0, "distributed": 0, "integration": 0, "parity": 0, "tests": 0, "browser": 2}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the tests of whole runs; within each half the order stays as it is."""
-    items.sort(key=lambda item: item.path.parent.name not in LONG)
+    """Start with the tests of whole runs and end with those in the browser; the order of the others stays."""
+    items.sort(key=lambda item: PLACES.get(item.path.parent.name, 1))
 
 
 # Folders of the unit tests, one a room of the package, and the tests of whole runs.

@@ -87,12 +87,13 @@ def test_space_is_looked_for_before_the_model_runs(name, inputs, tmp_path, capsy
 
 
 def test_scores_survive_a_cache_that_cannot_be_written(inputs, tmp_path, caplog):
-    with files_up_to(3_000):  # enough for the report, too little for the features
+    with files_up_to(20_000):  # enough for the report and its page, too little for the training features
         status = cli.main([*command("evaluate", inputs, tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")])
     assert status == 0
     assert "The features are not cached and will be computed again next time." in caplog.text
     assert json.loads((tmp_path / "out" / "report.json").read_text())["reports"][0]["scores"]
-    assert not list((tmp_path / "cache").iterdir())
+    assert all(path.stat().st_size < 20_000 for path in (tmp_path / "cache").iterdir())
+    assert_all_files_are_whole(tmp_path)
 
 
 # --- Kills
@@ -127,10 +128,10 @@ def test_a_killed_command_leaves_whole_files_and_the_next_one_finishes_its_work(
             assert re.search(r"^\.(unfinished-|.*\.partial$)", path.name)
         for path in [path for path in output.rglob("*.json") if "/." not in str(path)]:
             json.loads(path.read_text())
-        if name == "retrofit" and (output / "config.json").exists():  # the model is whole, its figure may be missing
+        if name == "retrofit" and (output / "config.json").exists():  # whole; figure and page may miss
             assert {path.name for path in (tmp_path / "whole").glob("*.*")} - {
                 path.name for path in output.glob("*.*")
-            } <= {"before_after.png"}
+            } <= {"before_after.png", "retrofit.html"}
             continue
         assert cli.main(command(name, inputs, output)) == 0
         assert_all_files_are_whole(output)

@@ -12,7 +12,7 @@ CHROMIUM = next(
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[object]:
     if CHROMIUM is None and not os.environ.get("CI"):
         pytest.skip("needs Chromium (Debian: apt-get install chromium)")
