@@ -41,7 +41,7 @@ $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 demo: $(VENV)/installed ## pretrain and evaluate a small RegViT and draw figures (DATA=folder for your own images)
 	$(BIN)/python examples/demo.py $(if $(DATA),--data "$(DATA)")
 
-test: $(VENV)/installed-dev ## run the fast tests (about 5 minutes on two cores)
+test: $(VENV)/installed-dev ## run the fast tests (about 4 minutes on two cores)
 	$(PYTEST) --ignore $(ENGINES)
 	$(PYTEST) --dist load $(ENGINES)
 
