@@ -27,6 +27,7 @@ from builders import (
 from hf_regvit import RegViTModel, convert, pretrain
 from hf_regvit.hub.card import CardError, card_header
 from hf_regvit.hub.publish import publish
+from hf_regvit.hub.scan import PrivateContentError
 from hf_regvit.models.configuration_regvit import CheckpointError
 from hf_regvit.models.processing import default_image_processor
 from hf_regvit.pretraining.collapse import CollapseAlarms
@@ -226,6 +227,12 @@ def test_updates_are_published_without_the_model(tmp_path, hub):
     trained = {name: tensor for name, tensor in merged.state_dict().items() if "mask_token" not in name}
     for name, tensor in trained.items():  # the mask token is for training alone
         torch.testing.assert_close(loaded.state_dict()[name], tensor, atol=1e-6, rtol=0)
+    card = (adapter / "README.md").read_text()
+    (adapter / "README.md").write_text(card + "\nhf_" + "aB3" * 10)
+    with pytest.raises(PrivateContentError, match="a Hugging Face token"):
+        publish(adapter, "me/updates", **options)
+    assert (bundled / "README.md").read_text() == text  # the earlier bundle is whole
+    (adapter / "README.md").write_text(card)
     tensors = load_file(adapter / "adapter_model.safetensors")
     first = next(name for name in tensors if ".lora_A." in name)
     save_file(tensors | {first: tensors[first] * float("nan")}, adapter / "adapter_model.safetensors")

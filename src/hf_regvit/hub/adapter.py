@@ -58,10 +58,7 @@ def bundle_adapter(folder: str | Path, output_dir: str | Path, *, card: Json) ->
     )  # fmt: skip
     body = re.sub(r"^---\n.*?\n---\n", "", text, count=1, flags=re.DOTALL).replace(trained_from, base)
     body = body.replace("path/to/this/folder", str(card.get("repo_id") or "path/to/this/folder"))
-    if (output / _CONFIG).is_file():
-        for name in (_CONFIG, _WEIGHTS, CARD, "manifest.json"):
-            (output / name).unlink(missing_ok=True)
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and any(output.iterdir()) and not (output / _CONFIG).is_file():
         raise FileExistsError(f"'{output}' is not empty. Choose a new folder for the bundle.")
     with whole_folder(output.parent) as parent:
         staged = parent / output.name
@@ -71,6 +68,8 @@ def bundle_adapter(folder: str | Path, output_dir: str | Path, *, card: Json) ->
         (staged / CARD).write_text(f"---\n{header.to_yaml().strip()}\n---\n{body}", encoding="utf-8")
         scan(staged, (_CONFIG, _WEIGHTS, CARD))
         write_manifest(staged)
+        for name in (_CONFIG, _WEIGHTS, CARD, "manifest.json"):  # of an earlier bundle, now that the new one is whole
+            (output / name).unlink(missing_ok=True)
     return Bundle(output, read_json(output / "manifest.json")["files"], "LoRA adapter", parameters)
 
 
