@@ -311,15 +311,15 @@ def load_and_compare(folder: Path, image: Image.Image):
 def compared_images(train, held_out):
     """Return the bank and the queries of the comparison; without labeled test images, four training images."""
     if held_out is None:
-        queries = vivid(train)
+        queries = vivid(train, min(4, len(train) - 1))
         return drawn(train, MAX_BANK, without=queries), train.subset(queries)
     return drawn(train, MAX_BANK), drawn(held_out, MAX_TEST)
 
 
-def vivid(source, wanted: int = 4) -> list[int]:
+def vivid(source, wanted: int) -> list[int]:
     """Return the indices of the images with the strongest contrast among 24 at even distances."""
     contrast = {i: np.asarray(source[i].image.convert("L")).std() for i in spread(len(source), 24)}
-    return sorted(sorted(contrast, key=lambda i: -contrast[i])[: min(wanted, len(source) - 1)])
+    return sorted(sorted(contrast, key=lambda i: -contrast[i])[:wanted])
 
 
 def drawn(source, limit: int, *, without: Sequence[int] = ()):
@@ -439,7 +439,7 @@ def loss_text(arguments) -> str:
         "a network that finds all prototypes equally likely, falls quickly, and then changes little or rises. This is "
         "expected: the teacher is a moving average of the student and sets new, sharper targets all the time. So the "
         "loss does not say how good the features are, and a loss of 0 would mean that all images look the same to the "
-        "network. The nearest neighbors at the end show what was learned."
+        "network. The nearest neighbors show what was learned."
     )
 
 
@@ -533,7 +533,7 @@ def norm_figure(before: Sequence[TokenMaps], after: Sequence[TokenMaps], found: 
 
     figure = Figure(figsize=(4.6, 2.6))
     axis = figure.add_axes((0.13, 0.17, 0.84, 0.7))
-    edges, cutoff = np.geomspace(0.25, 16, 97), found["cutoff"] / found["norm_median"]
+    edges, cutoff = np.geomspace(0.25, 32, 113), found["cutoff"] / found["norm_median"]
     for maps, style in (
         (before, {"color": INK, "lw": 1, "label": "untrained"}),
         (after, {"color": "#0072b2", "fill": True, "alpha": 0.7, "label": "trained"}),
@@ -548,9 +548,9 @@ def norm_figure(before: Sequence[TokenMaps], after: Sequence[TokenMaps], found: 
         axis.plot(place, 1.02, "v", color="#009e73", clip_on=False, label="registers", ls="none",
                   transform=axis.get_xaxis_transform())  # fmt: skip
     axis.set(xscale="log", xlim=(edges[0], edges[-1]), xlabel="norm / median norm of the patches")
-    axis.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16], ["0.25", "0.5", "1", "2", "4", "8", "16"])
+    axis.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16, 32], ["0.25", "0.5", "1", "2", "4", "8", "16", "32"])
     axis.minorticks_off()
-    axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axis.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     axis.legend(frameon=False, loc="upper right")
     axis.spines[["top", "right"]].set_visible(False)
     return figure
@@ -575,7 +575,7 @@ def nearest_images(of_bank: Features, of_test: Features, bank, test, *, labeled:
         return {"name": name, "image": data_url(ImageOps.fit(record.image, (96, 96)), "JPEG")}
 
     found = []
-    for query in vivid(test) if labeled else range(len(test)):
+    for query in vivid(test, 4) if labeled else range(len(test)):
         rows = []
         for name in ("untrained", "trained"):
             similarity = F.cosine_similarity(of_bank[name], of_test[name][query : query + 1])
