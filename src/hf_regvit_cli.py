@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import re
+import runpy
 import shlex
 import sys
 import tomllib
@@ -38,12 +39,12 @@ class Command(NamedTuple):
     daily: dict[str, str]
 
 
-_TABLES = tomllib.loads((PACKAGE / "app" / "commands.toml").read_text(encoding="utf-8"))
-COMMANDS = {name: Command(**entries) for name, entries in _TABLES["commands"].items()}
-HELP = {name: " ".join(text.split()) for name, text in _TABLES["help"].items()}
-_DINOV2 = _TABLES["dinov2"]  # names of options there, and their names here
+TABLES = tomllib.loads((PACKAGE / "app" / "commands.toml").read_text(encoding="utf-8"))
+COMMANDS = {name: Command(**entries) for name, entries in TABLES["commands"].items()}
+HELP = {name: " ".join(text.split()) for name, text in TABLES["help"].items()}
+_DINOV2 = TABLES["dinov2"]  # names of options there, and their names here
 
-_EVERY_COMMAND = {
+EVERY_COMMAND = {
     "config RECIPE.yaml": "Flat YAML file with any of these options. Options on the command line override it.",
     "dry_run": "Print the options that differ from their defaults, and stop.",
     "json": "Print the result as JSON.",
@@ -60,11 +61,12 @@ def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Return a sentence with the known name that was probably meant, or an empty string if none is similar."""
     known = list(known)
     word = name.lstrip("-").partition("=")[0].rpartition(".")[2]
-    ours = _DINOV2.get(word.replace("-", "_"))
-    if ours in known:
-        return f" The option '{word}' of DINOv2 is called '{prefix}{ours}' here."
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
-    return f" Did you mean '{prefix}{near[0]}'?" if near else ""
+    theirs = {other: ours for other, ours in _DINOV2.items() if ours in known and other not in known}
+    near = difflib.get_close_matches(word.replace("-", "_"), [*known, *theirs], n=1, cutoff=0.7)
+    near = near or [one for one in known if one.startswith(word) or word.startswith(f"{one}-")]
+    if near and near[0] in theirs:
+        return f" The option '{near[0]}' of DINOv2 is called '{prefix}{theirs[near[0]]}' here."
+    return f" Did you mean '{prefix}{near[0]}'?" if len(near) == 1 else ""
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -137,7 +139,7 @@ class OptionParser(argparse.ArgumentParser):
             for option in options:
                 self._add(section, option)
         section = page.add_argument_group("every command")
-        for flag, text in _EVERY_COMMAND.items():
+        for flag, text in EVERY_COMMAND.items():
             name, _, metavar = flag.partition(" ")
             how: dict[str, Any] = {"metavar": metavar} if metavar else {"action": "store_true"}
             section.add_argument(f"--{name}", help=text, **how)
@@ -470,12 +472,7 @@ def _show(result: Mapping[str, Any], *, as_json: bool) -> None:
 def usage() -> str:
     """Return the list of the commands."""
     lines = "\n".join(f"  {name:10} {command.summary}" for name, command in COMMANDS.items())
-    return (
-        f"usage: regvit COMMAND [options]\n\ncommands:\n{lines}\n\n"
-        "Run `regvit COMMAND --help` to list the daily options of a command, and `regvit COMMAND --help_all` to list "
-        "all.\nEvery command accepts --dry_run (print the resolved options and stop), --json (print the result as "
-        "JSON) and --debug\n(show the full traceback of an error).\n"
-    )
+    return str(TABLES["usage"]).replace("COMMANDS", lines)
 
 
 def _main(args: Sequence[str]) -> int:
@@ -488,8 +485,10 @@ def _main(args: Sequence[str]) -> int:
         print(f"hf_regvit {found[1] if found else 'of an unknown version'}")
         return 0
     name, *rest = args
+    if name == "completion":  # run by its path, because importing the package loads torch
+        return int(runpy.run_path(str(PACKAGE / "app" / "completion.py"))["main"](rest))
     if name not in COMMANDS:
-        hint = suggestion(name, COMMANDS) or f" Choose from {', '.join(COMMANDS)}."
+        hint = suggestion(name, [*COMMANDS, "completion"]) or f" Choose from {', '.join(COMMANDS)}."
         print(f"error: Unknown command '{name}'.{hint}", file=sys.stderr)
         return 2
     if asked := {"-h", "--help", "--help_all", "--help-all"}.intersection(rest):

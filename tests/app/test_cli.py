@@ -90,6 +90,7 @@ LIGHT = {
     "mistyped option": (["finetune", "--lerning_rate", "1"], 2), "missing option": (["convert", "--model", "x"], 2),
     "wrong type": (["evaluate", "--model", "x", "--data", "y", "--batch_size", "many"], 2),
     "dry run": (["pretrain", "--config", "examples/photos_cpu.yaml", "--output_dir", "x", "--dry_run"], 0),
+    "completion": (["completion", "zsh"], 0), "completion of another shell": (["completion", "tcsh"], 2),
     "mistyped key": (["pretrain", "--config", "tests/golden_recipes/photos_cpu.txt", "--steps", "x"], 2),
 }  # fmt: skip
 
@@ -124,6 +125,8 @@ def test_what_needs_no_model_loads_no_torch_and_takes_no_time(args, status, tmp_
         (["pretrain", "--crops.global_crops_size=98"], "is called '--global_crop_size' here."),
         (["pretrain", "--layerwise-decay", "1"], "is called '--layer_decay' here."),
         (["finetune", "--learning_rat", "1"], "option '--learning_rat'. Did you mean '--learning_rate'?"),
+        (["finetune", "--resume", "last"], "option '--resume'. Did you mean '--resume_from_checkpoint'?"),
+        (["finetune", "--batchsize", "8"], "'batch_size' of DINOv2 is called '--per_device_train_batch_size' here."),
         (["finetune", "--zzz", "1"], "option '--zzz'. Run `regvit finetune --help_all` to list the options."),
         (["diagnose", "--teacher_temp", "1"], "option '--teacher_temp'. Run"),  # no option of this command
         (["extract", "--model", "a", "b"], "Unexpected argument 'b'. Quote values that contain spaces."),
@@ -140,7 +143,18 @@ def test_a_wrong_option_is_one_line_with_the_right_one(args, message, capsys) ->
     assert (error.startswith("error: "), len(error.splitlines())) == (True, 1)
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("pretrian", "pretrain"), ("eval", "evaluate"), ("extract-features", "extract"), ("completions", "completion")],
+)
+def test_a_similar_command_or_the_only_one_that_begins_alike_is_suggested(typed, meant, capsys) -> None:
+    assert cli.main([typed]) == 2
+    assert capsys.readouterr().err == f"error: Unknown command '{typed}'. Did you mean '{meant}'?\n"
+
+
 def test_a_command_without_a_similar_name_is_not_guessed(capsys) -> None:
+    assert cli.main(["p"]) == 2  # pretrain or publish
+    assert "Choose from" in capsys.readouterr().err
     assert cli.main(["xyz"]) == 2
     assert "Unknown command 'xyz'. Choose from data-check, pretrain" in capsys.readouterr().err
 
