@@ -1,6 +1,7 @@
 """Measure how long importing the package and asking the command line for help take.
 
     python benchmarks/bench_startup.py --rounds 7
+    python benchmarks/bench_startup.py --commands "trl --help" "yolo help" # programs to compare with, in the same run
 
 Every line is measured in fresh processes, in turn, so that a busy machine slows all of them alike. The limits: `import
 hf_regvit` takes at most 10 % longer than importing a model of transformers, and `regvit --help` and a mistyped command
@@ -11,6 +12,7 @@ import argparse
 import json
 import os
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -30,9 +32,9 @@ COMMANDS = {
 
 
 def seconds(arguments: list[str]) -> tuple[float, float]:
-    """Return processor time and wall time of a fresh Python process."""
+    """Return processor time and wall time of a fresh process."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run([sys.executable, *arguments], capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    subprocess.run(arguments, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
 
@@ -41,10 +43,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="Number of processes per line.")
     parser.add_argument("--json", help="File for the results.")
+    parser.add_argument("--commands", nargs="*", default=[], help="Commands of other programs, one string each.")
     args = parser.parse_args()
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in COMMANDS}
+    commands = {name: [sys.executable, *command] for name, command in COMMANDS.items()}
+    commands |= {Path(command).name: shlex.split(command) for command in args.commands}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for round_ in range(args.rounds + 1):
-        for name, command in COMMANDS.items():
+        for name, command in commands.items():
             measured = seconds(command)
             if round_:  # the first round fills the caches of the disk
                 found[name].append(measured)

@@ -29,10 +29,12 @@ requires_shared = pytest.mark.skipif(
 )
 
 
-def slow_except(names: Iterable[str], *fast: str) -> list[Any]:
+def slow_except(values: Iterable[Any], *fast: Any) -> list[Any]:
     """Return the parameters of a test that takes seconds, all slow but those that stand for the others."""
-    assert set(fast) <= set(names)
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    values = list(values)
+    assert all(value in values for value in fast)
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*row, marks=() if value in fast else pytest.mark.slow) for value, row in zip(values, rows)]
 
 
 def load_script(path: str) -> ModuleType:

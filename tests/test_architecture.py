@@ -1,6 +1,7 @@
 """The architecture: who may import whom, what goes to the Hub, and how large rooms, files and functions may grow."""
 
 import ast
+import functools
 import io
 import sys
 import tokenize
@@ -47,6 +48,7 @@ LINES_OF_A_FUNCTION = 100
 LINES_OF_NINE_FUNCTIONS_IN_TEN = 30
 
 
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
@@ -88,6 +90,7 @@ def imports_at_the_top(path: Path) -> set[str]:
     return found
 
 
+@functools.cache
 def code_lines(path: Path) -> int:
     """Lines of a file without blank lines, comments and docstrings."""
     text = path.read_text(encoding="utf-8")

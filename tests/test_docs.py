@@ -12,14 +12,17 @@ from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
 import hf_regvit
+from builders import mask_folder, save_model, tiny_model
 from helpers import load_script, requires_shared, shared_dir
 from hf_regvit import PretrainingArguments
 from hf_regvit.app import cli
+from hf_regvit_cli import main as regvit
 from hf_regvit_cli import parser_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,6 +141,7 @@ def test_questions_have_answers_and_threads():
         title, _, answer = question.partition("\n")
         assert title.endswith(("?", ".")), title
         assert len(answer.strip()) > 60, title
+        assert re.search(r"^```(?:bash|python)$", answer, flags=re.M), f"{title}: add something to run"
     assert len(re.findall(r"https://github\.com/[\w-]+/[\w-]+/(?:issues|pull)/\d+", page)) >= 20
 
 
@@ -218,11 +222,32 @@ def test_the_lists_of_questions_have_as_many_rows_as_were_answered():
 
 
 @pytest.mark.slow
-def test_the_answers_in_python_run_and_are_true(tmp_path, monkeypatch):
+def test_the_answers_run_and_are_true(tmp_path, monkeypatch):
+    """Run all blocks in one process, with a small model, small data and few steps in the commands."""
     monkeypatch.chdir(tmp_path)
-    names = {}
-    for block in re.findall(r"^```python\n(.*?)^```", text_of(DOCS / "faq.md"), flags=re.S | re.M):
-        exec(compile(block, "faq.md", "exec"), names)
+    for seed, name in enumerate(("MODEL", "MODEL_A", "MODEL_B")):
+        save_model(tiny_model(seed=seed), tmp_path / name)
+    maps = [np.kron(np.arange(6).reshape(2, 3) % 2, np.ones((10, 8))).astype(np.uint8)] * 8
+    depths = [1000 + 500 * each.astype(np.uint16) for each in maps]
+    for split in ("train", "validation"):
+        mask_folder(tmp_path / "MASKS", maps, split=split)
+        mask_folder(tmp_path / "DEPTH_MAPS", depths, kind="depth", split=split)
+    small = {
+        "--tasks depth": "--tasks depth --dense_steps 4", "--max_steps 3": "--max_steps 3 --knn_steps 0",
+        "--mode linear": "--mode linear --max_steps 2 --per_device_train_batch_size 4",
+    }  # fmt: skip
+    names, ran = {}, []
+    for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", text_of(DOCS / "faq.md"), flags=re.S | re.M):
+        if language == "python":
+            exec(compile(block, "faq.md", "exec"), names)
+            continue
+        for word, other in small.items():
+            block = block.replace(word, other)
+        command, *words = shlex.split(block.replace("\\\n", " "))
+        assert command == "regvit"
+        assert regvit(words) == 0, block
+        ran.append(words[0])
+    assert ran == ["evaluate", "pretrain", "pretrain", "finetune"]
     assert Image.open("overview.png").width > 500
 
 

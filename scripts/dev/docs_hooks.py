@@ -1,6 +1,7 @@
-"""Hooks of mkdocs: list the tutorials in the navigation, and insert generated tables and a page of `regvit export`."""
+"""Hooks of mkdocs: list tutorials, insert generated tables and an exported page, make search work from the disk."""
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -39,7 +40,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_post_build(config: Any, **_: Any) -> None:
-    """Copy the page of an exported model into the site, with an image that it shows."""
+    """Write the files of the search without a server, and copy the page of an exported model with its image."""
+    search_from_disk(Path(config["site_dir"]))
     if not PAGE.is_dir():
         return
     from hf_regvit.data.builtin import builtin_images
@@ -49,6 +51,25 @@ def on_post_build(config: Any, **_: Any) -> None:
     image = builtin_images()[EXAMPLE]
     image.thumbnail((512, 512))
     image.save(target / "example.png")
+
+
+def search_from_disk(site: Path) -> None:
+    """Write what the search needs on a page that is opened from the disk, where browsers refuse `fetch` and workers.
+
+    There the theme reads `search_index.js` in place of the JSON file. Its worker is started from its code as a string;
+    English needs none of the files that the worker could import. `extra.polyfills` of mkdocs.yml loads the script.
+    (The offline plugin of the theme would load such a script from another server.)
+    """
+    index = (site / "search" / "search_index.json").read_text(encoding="utf-8")
+    (site / "search" / "search_index.js").write_text(f"var __index = {index}", encoding="utf-8")
+    (worker,) = (site / "assets" / "javascripts" / "workers").glob("search.*.min.js")
+    code = json.dumps(worker.read_text(encoding="utf-8"))
+    script = f"""if (location.protocol === "file:") {{
+  const address = URL.createObjectURL(new Blob([{code}]));
+  window.Worker = class extends Worker {{ constructor() {{ super(address); }} }};
+}}
+"""
+    (site / "search" / "worker_from_disk.js").write_text(script, encoding="utf-8")
 
 
 def exported_page() -> str:

@@ -1,6 +1,7 @@
 """The documentation in a real browser: no messages, complete, fits a phone, searchable, no external requests."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -26,12 +27,17 @@ PAGES = [
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def site(tmp_path_factory):
     site = tmp_path_factory.mktemp("site")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    return site
+
+
+@pytest.fixture(scope="module")
+def address(site):
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(site)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -53,15 +59,21 @@ def test_pages_are_whole_quiet_and_offline(browser, screenshots, address, name, 
         assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{path} scrolls sideways"
         broken = page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)")
         assert broken == [], path
+        cut = "[...document.querySelectorAll('.language-bash code')].filter(e => e.scrollWidth > e.clientWidth)"
+        assert page.evaluate(f"{cut}.map(e => e.innerText)") == [], f"long commands of {path} are not wrapped"
         page.screenshot(path=screenshots / f"docs_{path.replace('/', '_')}_{name}.png", full_page=path == "index")
     assert messages == []
     assert [url for url in requests if not url.startswith((address, "data:", "blob:"))] == []
     page.close()
 
 
-def test_search_finds_a_class(browser, address):
+@pytest.mark.parametrize("opened", ["from a server", "from the disk"])
+def test_search_finds_a_class(browser, address, site, opened):
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.goto(f"{address}index.html")
+    messages = []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.goto(f"{address if opened == 'from a server' else site.as_uri() + '/'}index.html")
     field = page.get_by_role("textbox", name="Search")
     field.click()
     # What is typed before the index has been read is lost on a slow machine.
@@ -69,4 +81,7 @@ def test_search_finds_a_class(browser, address):
     field.press_sequentially("PretrainingArguments")
     expect(page.locator(".md-search-result__list a").first).to_be_visible(timeout=30_000)
     assert "PretrainingArguments" in page.locator(".md-search-result__list").inner_text()
+    page.locator(".md-search-result__list a").first.click()
+    expect(page.locator("h1")).to_have_text(re.compile("Training"), timeout=30_000)
+    assert messages == []
     page.close()

@@ -73,6 +73,7 @@ def test_attention_is_relocated_not_removed(compared, tmp_path):
     assert json.loads(compared.save(tmp_path).read_text())["attention"] == compared.attention
 
 
+@pytest.mark.slow
 def test_the_images_are_opened_once_per_model(models, monkeypatch):
     """The comparison of the attention uses the pixels of the diagnosis, and the masses are those of a diagnosis."""
     opened = []

@@ -18,7 +18,6 @@ from transformers import (
 )
 
 from builders import tiny_model, tiny_source
-from helpers import slow_except
 from hf_regvit import ConversionError, RetrofitError, add_test_time_registers, convert, diagnose, repair_in_place
 from hf_regvit.diagnosis.controls import register_controls
 from hf_regvit.diagnosis.register_neurons import find_register_neurons
@@ -64,7 +63,8 @@ def test_a_repair_in_place_equals_the_retrofit(family):
     assert [type(part) for part in model.modules()] == [type(part) for part in MODELS[family]().modules()]
 
 
-@pytest.mark.parametrize("family", slow_except(OTHERS, "dinov3"))
+@pytest.mark.slow
+@pytest.mark.parametrize("family", OTHERS)
 def test_a_planted_neuron_is_repaired_in_place(family):
     seen = sample(64, seed=0)
     model = MODELS[family]()
@@ -172,6 +172,7 @@ def test_a_llava_reads_the_hidden_states_of_the_repaired_tower():
     assert torch.equal(model(input_ids=ids, pixel_values=pixels).logits, plain)
 
 
+@pytest.mark.slow
 def test_copies_gradients_and_compiled_models():
     model, pixels = MODELS["dinov2"](), sample(2, seed=0).pixels
     repair = repair_in_place(model, NEURONS)

@@ -19,7 +19,7 @@ from hf_regvit.models.tokens import TokenReader
 from planted_defects import MODELS, PROCESSOR, QUIET, Sample, plant_neuron, plant_sink, sample
 
 
-@pytest.mark.parametrize("family", slow_except(MODELS, "regvit", "clip", "dinov3"))
+@pytest.mark.parametrize("family", slow_except(MODELS, "clip", "dinov3"))
 def test_a_planted_neuron_is_the_first_of_the_search(family):
     seen, other = sample(64, seed=0), sample(32, seed=1)
     model = MODELS[family]()
@@ -37,7 +37,7 @@ def test_a_planted_neuron_is_the_first_of_the_search(family):
 
 # DINOv3 has rotary positions and no bias of the keys; it gets no planted attention.
 @pytest.mark.parametrize("parks", [True, False])
-@pytest.mark.parametrize("family", [name for name in MODELS if name != "dinov3"])
+@pytest.mark.parametrize("family", slow_except([name for name in MODELS if name != "dinov3"], "regvit", "clip"))
 def test_planted_sinks_have_their_class_and_their_block(family, parks):
     seen, other = sample(64, seed=0), sample(32, seed=1)
     model = MODELS[family]()
@@ -81,9 +81,8 @@ def two_populations(family, seen, *, second=True):
     return model
 
 
-@pytest.mark.parametrize(
-    "family", slow_except(["regvit", "dinov2", "gated", "clip", "siglip", "dinov3", "vit"], "siglip")
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["regvit", "dinov2", "gated", "clip", "siglip", "dinov3", "vit"])
 def test_two_populations_take_two_passes(family):
     both_kinds = sample(96, seed=0, kinds=2)
     model = two_populations(family, both_kinds)
@@ -98,7 +97,7 @@ def test_two_populations_take_two_passes(family):
     assert result.model.config.register_sizes == [96]
 
 
-@pytest.mark.parametrize("family", slow_except(MODELS, "regvit", "clip", "dinov3"))
+@pytest.mark.parametrize("family", slow_except(MODELS, "regvit"))
 def test_one_register_repairs_a_planted_neuron(family):
     seen = sample(64, seed=0)
     model = MODELS[family]()
@@ -134,6 +133,7 @@ def test_the_number_of_passes_can_be_limited():
     assert report.judged["after"]["layers_with_outliers"] == [4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_pass_that_does_not_remove_its_outliers_is_dropped():
     both_kinds = sample(96, seed=0, kinds=2)
     model = two_populations("regvit", both_kinds)  # the neuron of the second population is in block 3

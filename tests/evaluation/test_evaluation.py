@@ -318,9 +318,9 @@ def test_certain_scores_have_an_interval_after_wilson():
     low, high = binomtest(0, 40).proportion_ci(method="wilson")
     assert hit_report("", [0] * 40).scores[0].interval == pytest.approx((low, high), abs=1e-6)
     same, worse = EvaluationTable(reports).verdicts()
-    assert same == f"knn: b shows no difference to a: +0.0 % [-{100 * high:.1f}, +{100 * high:.1f}] (top1, k=5)."
-    assert worse.startswith("knn: c is worse than a: -50.0 % [-65.0, ")
-    assert EvaluationTable(reports[::-1]).verdicts()[0].startswith("knn: b is better than c: +50.0 % [+35.0, ")
+    assert same == f"knn: b shows no difference to a: +0.0 points [-{100 * high:.1f}, +{100 * high:.1f}] (top1, k=5)."
+    assert worse.startswith("knn: c is worse than a: -50.0 points [-65.0, ")
+    assert EvaluationTable(reports[::-1]).verdicts()[0].startswith("knn: b is better than c: +50.0 points [+35.0, ")
     assert EvaluationTable(reports[:1]).verdicts() == []
 
 
@@ -574,7 +574,7 @@ def test_other_images_are_not_compared(data):
         one.ahead_of(two)
 
 
-@pytest.mark.parametrize(("metric", "shown"), [("rmse", "+0.100 m [+0.100, +0.100]"), ("delta1", "-10.0 % [")])
+@pytest.mark.parametrize(("metric", "shown"), [("rmse", "+0.100 m [+0.100, +0.100]"), ("delta1", "-10.0 points [")])
 def test_the_model_of_smaller_error_is_the_one_ahead(metric, shown):
     what = {"task": "depth", "variant": "", "metric": metric, "protocol": "p", "settings": {}, "num_train": 3}
     errors = np.linspace(0.2, 0.6, 5)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from builders import normal, padded, spy, tiny_model
+from helpers import slow_except
 from hf_regvit import (
     CheckpointError,
     RegViTBackbone,
@@ -186,6 +187,7 @@ def test_discarded_registers(fields):
     assert torch.equal(output.pooler_output, whole.pooler_output)
 
 
+@pytest.mark.slow  # compiles
 def test_discarded_registers_need_no_values_to_know_their_number():
     """Masks of a fixed length: on the meta device, in one graph, and in an exported program of any size."""
     model, pixels = build(**ROTARY, num_register_tokens=2, discard_registers=True), normal(2, 3, 32, 24)
@@ -292,9 +294,9 @@ def test_compiled_without_a_graph_break(fields):
     torch.compiler.reset()
 
 
-@kinds
-def test_exported_with_a_dynamic_batch(fields):
-    model = build(**fields)
+@pytest.mark.parametrize("kind", slow_except(EVERY, "both"))
+def test_exported_with_a_dynamic_batch(kind):
+    model = build(**EVERY[kind])
     with torch.no_grad():
         program = torch.export.export(
             model,
@@ -308,9 +310,9 @@ def test_exported_with_a_dynamic_batch(fields):
         )
 
 
-@pytest.mark.parametrize("fields", [ROTARY, {**ROTARY, **INDEX}, {**ROTARY, **POOLED}])
-def test_rotary_models_are_exported_with_dynamic_sizes(fields):
-    model = build(**fields)
+@pytest.mark.parametrize("others", slow_except([{}, INDEX, POOLED], {}))
+def test_rotary_models_are_exported_with_dynamic_sizes(others):
+    model = build(**ROTARY, **others)
     sizes = {
         0: torch.export.Dim.DYNAMIC,
         2: 8 * torch.export.Dim("rows", max=64),

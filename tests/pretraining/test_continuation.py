@@ -24,6 +24,7 @@ from builders import (
     tiny_source,
     write,
 )
+from helpers import slow_except
 from hf_regvit import RegViTModel, convert, pretrain
 from hf_regvit.hub.card import CardError, card_header
 from hf_regvit.hub.publish import publish
@@ -79,7 +80,7 @@ def own_model(folder, **fields):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_except(FAMILIES, "DINOv3ViTModel"))
 def test_every_family_is_continued_in_every_mode(family, mode, tmp_path):
     tiny_source(family, image_size=16, patch_size=4, hidden_size=16).save_pretrained(tmp_path / "source")
     start = starting_point(tmp_path / "source", num_register_tokens=4, image_size=16).teacher
@@ -172,7 +173,7 @@ def test_the_teacher_averages_the_updates_and_not_the_merged_weights():
     torch.testing.assert_close(merged, base + 2.0 * mean["B"] @ mean["A"])
 
 
-@pytest.mark.parametrize("family", [None, "DINOv3ViTModel", "CLIPVisionModel"])
+@pytest.mark.parametrize("family", slow_except([None, "DINOv3ViTModel", "CLIPVisionModel"], "DINOv3ViTModel"))
 def test_merged_updates_equal_the_adapter_that_peft_loads(family, tmp_path):
     """In the published form, `backbone/`, in the network itself, and from the adapter of a few kilobytes."""
     source = tmp_path / "source"
@@ -254,7 +255,7 @@ def test_the_result_of_updates_can_be_continued_with_all_parameters(tmp_path):
     assert not any("lora" in name for name in second.state_dict())
 
 
-@pytest.mark.parametrize("mode", ["lora", "last_blocks"])
+@pytest.mark.parametrize("mode", slow_except(["lora", "last_blocks"], "lora"))
 def test_what_is_frozen_is_shared_by_student_and_teacher(mode, tmp_path):
     """Also if the run to continue from has a student of its own, whose frozen part the teacher could not follow."""
     first = tmp_path / "first"

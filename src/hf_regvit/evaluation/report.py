@@ -134,12 +134,12 @@ class Score:
         return "m" if self.metric in _IN_METERS else "ratio" if self.metric in _RATIOS else "%"
 
     def show(self, value: float, interval: tuple[float, float], *, signed: bool = False) -> str:
-        """Format a value of this metric with its interval: `89.8 % [87.2, 92.4]`."""
-        sign = "+" if signed else ""
+        """Format a value of this metric with its interval: `89.8 % [87.2, 92.4]`; a difference is in points."""
+        sign, percent = ("+", "points") if signed else ("", "%")
         if self.metric in _LOWER_IS_BETTER:
             unit = " m" if self.metric in _IN_METERS else ""
             return f"{value:{sign}.3f}{unit} [{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}]"
-        return f"{100 * value:{sign}.1f} % [{100 * interval[0]:{sign}.1f}, {100 * interval[1]:{sign}.1f}]"
+        return f"{100 * value:{sign}.1f} {percent} [{100 * interval[0]:{sign}.1f}, {100 * interval[1]:{sign}.1f}]"
 
 
 @dataclass(frozen=True, repr=False)
@@ -276,7 +276,7 @@ class EvaluationTable:
         return {(*s.key, report.model): s.ahead_of(first) for s, report, first in self.rows() if first is not None}
 
     def verdicts(self) -> list[str]:
-        """Return sentences like `knn: B shows no difference to A: +0.0 % [-1.2, +1.2] (top1, k=10).` for each task."""
+        """Return sentences like `knn: B shows no difference to A: +0.0 points [-1.2, +1.2] (top1).` for each task."""
         found: dict[str, list[str]] = {}
         for score, report, first in self.rows():
             if first is not None:

@@ -103,6 +103,10 @@ class TokenReading:
         axis = 2 if self.site == "attention" else 1
         return values.narrow(axis, start, values.shape[axis] - start if length is None else length)
 
+    def summary(self, layer: int = -1) -> torch.Tensor:
+        """Return CLS, or the mean patch of a model without CLS, (B, D)."""
+        return self.at(layer)[:, 0] if self.has_cls else self.patches(layer).mean(dim=1)
+
     def cls(self, layer: int = -1) -> torch.Tensor | None:
         """Return CLS (B, D), or None without CLS; for attention, the CLS row (B, heads, T)."""
         if not self.has_cls or self.site == "patch_embedding":
@@ -251,6 +255,10 @@ class TokenReader:
         with _evaluating(tower), all_patches_in_order(tower, name), collector.attached(tower):
             tower(pixel_values, **forward_options(name, description.image_size, description.patch_size, pixel_values))
         return collector.readings()
+
+    def read_final(self, pixel_values: torch.Tensor) -> TokenReading:
+        """Read the tokens of the last block after the final norm; see `read`."""
+        return self.read(pixel_values, reduce=lambda tokens, layer: self.final_norm(tokens))
 
     def embed(self, images: Any, *, normalize: bool = False, batch_size: int = 32) -> np.ndarray:
         """Return one vector per image, (n, D) float32: CLS after the final norm.

@@ -123,14 +123,9 @@ class StartComparison(Observer):
 
 def _tokens(reader: TokenReader, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     """Return CLS, or the mean patch without CLS, (n, D), and patch tokens (n, N, D) after the final norm."""
-    prefix = reader.description.num_prefix_tokens
-    parts = [
-        reader.read(pixels, reduce=lambda tokens, layer: reader.final_norm(tokens)).at().float().cpu()
-        for pixels in pixel_values.split(_BATCH)
-    ]
-    tokens = torch.cat(parts)  # (n, T, D)
-    patches = tokens[:, prefix:]
-    return tokens[:, 0] if reader.description.has_cls else patches.mean(dim=1), patches
+    readings = [reader.read_final(pixels) for pixels in pixel_values.split(_BATCH)]
+    vectors, patches = ([getattr(each, name)().float().cpu() for each in readings] for name in ("summary", "patches"))
+    return torch.cat(vectors), torch.cat(patches)
 
 
 def masked_patches(

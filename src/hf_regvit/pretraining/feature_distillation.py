@@ -89,20 +89,17 @@ class FrozenTeacher:
             and variance 1 over the E channels of each token. The CLS target of a model without CLS is the mean of its
             patches.
         """
-        description, reader = self.reader.description, self.reader
         pixels = crops * self._scale.to(crops) + self._shift.to(crops)
         size = self.size_for(grid)
         if size != tuple(crops.shape[-2:]):
             pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
-        reading = reader.read(pixels, reduce=lambda tokens, _: reader.final_norm(tokens))
-        tokens = reading.at().float()  # (n, T, E)
-        patches = tokens[:, description.num_prefix_tokens :]
-        cls = tokens[:, 0] if description.has_cls else patches.mean(dim=1)
+        reading = self.reader.read_final(pixels)
+        summary, patches = reading.summary().float(), reading.patches().float()  # (n, E), (n, N, E)
         if reading.grid != grid:
             maps = patches.mT.unflatten(2, reading.grid)  # (n, E, rows, columns)
             patches = F.interpolate(maps, size=grid, mode="bilinear", antialias=True).flatten(2).mT
-        width = (tokens.shape[-1],)
-        return F.layer_norm(cls, width), F.layer_norm(patches, width)
+        width = (summary.shape[-1],)
+        return F.layer_norm(summary, width), F.layer_norm(patches, width)
 
     def __repr__(self) -> str:
         return repr(self.reader).removeprefix("TokenReader")

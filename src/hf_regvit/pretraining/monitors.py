@@ -30,7 +30,7 @@ from ..evaluation.knn import knn_accuracy
 from ..evaluation.linear import ridge_accuracy
 from ..models.modeling_regvit import RegViTModel
 from ..models.processing import IMAGENET_MEAN, IMAGENET_STD, default_image_processor
-from ..models.tokens import Reduction, TokenReader
+from ..models.tokens import TokenReader
 from ..training.callbacks import Observer
 from ..training.distributed import full_tensor
 from .arguments import PretrainingArguments
@@ -127,9 +127,9 @@ class Monitor(Observer):
     def measure(self, model: StudentAndTeacher, step: int) -> dict[str, float]:
         """Return the values of `feature_statistics`, `artifact_statistics` and `network_statistics`."""
         reader = TokenReader(model.whole_teacher_backbone())
-        tokens = [reader.read(pixels, reduce=_cls_and_patches(reader)) for pixels in self.pixel_values.split(BATCH)]
+        vectors = [reader.read_final(pixels).summary() for pixels in self.pixel_values.split(BATCH)]
         return {
-            **feature_statistics(torch.cat([each.at()[:, 0] for each in tokens])),
+            **feature_statistics(torch.cat(vectors)),
             **artifact_statistics(reader, self.pixel_values),
             **network_statistics(model),
         }
@@ -332,21 +332,6 @@ def _stream_parts(args: PretrainingArguments, dataset: MultiCropStream, cropped:
     return [train[index] for index in first], [train[index] for index in second], False
 
 
-def _cls_and_patches(reader: TokenReader) -> Reduction:
-    """Reduce the tokens of the last block to CLS and the mean patch token after the final norm, (B, 2, D).
-
-    Without CLS, both are the mean patch token.
-    """
-    prefix, has_cls = reader.description.num_prefix_tokens, reader.description.has_cls
-
-    def reduce(tokens: Tensor, layer: int) -> Tensor:
-        normed = reader.final_norm(tokens)  # (B, T, D)
-        mean = normed[:, prefix:].mean(dim=1)
-        return torch.stack([normed[:, 0] if has_cls else mean, mean], dim=1)
-
-    return reduce
-
-
 def backbone_features(
     backbone: nn.Module, images: Sequence[Any], *, image_processor: Any, batch_size: int = 256
 ) -> Tensor:
@@ -368,7 +353,8 @@ def backbone_features(
     for start in range(0, len(images), batch_size):
         batch = [images[index] for index in range(start, min(start + batch_size, len(images)))]
         pixels = image_processor(images=batch, return_tensors="pt")["pixel_values"]
-        rows.append(reader.read(pixels, reduce=_cls_and_patches(reader)).at().flatten(1).float().cpu())
+        reading = reader.read_final(pixels)
+        rows.append(torch.cat([reading.summary(), reading.patches().mean(dim=1)], dim=1).float().cpu())
     return torch.cat(rows)
 
 
