@@ -67,6 +67,6 @@ def _words(shell: str, named: Iterable[tuple[str, str]], *, dashes: str = "--") 
     """Return names as words of a shell, with their help where the shell shows it."""
     if shell == "bash":
         return " ".join(dashes + name for name, _ in named)
-    between, quoted = {"zsh": (":", {"'": r"'\''"}), "fish": ("\t", {"'": r"\'", "\\": r"\\"})}[shell]
-    texts = (f"{dashes}{name}{between}{text}".translate(str.maketrans(quoted)) for name, text in named)
+    between, backslash, quote = {"zsh": (":", "\\", r"'\''"), "fish": ("\t", r"\\", r"\'")}[shell]
+    texts = (f"{dashes}{name}{between}{text}".replace("\\", backslash).replace("'", quote) for name, text in named)
     return " ".join(f"'{text}'" for text in texts)
