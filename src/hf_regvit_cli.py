@@ -49,6 +49,7 @@ EVERY_COMMAND = {
     "dry_run": "Print the options that differ from their defaults, and stop.",
     "json": "Print the result as JSON.",
     "debug": "Show the full traceback of an error.",
+    "help": "List the daily options.",
     "help_all": "List all options.",
 }
 
@@ -194,11 +195,11 @@ def _spellings(name: str) -> list[str]:
 
 
 def _to_bool(text: str) -> bool:
-    if text.lower() in ("yes", "true", "t", "y", "on", "1"):
-        return True
-    if text.lower() in ("no", "false", "f", "n", "off", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    known = dict.fromkeys(("yes", "true", "t", "y", "on", "1"), True)
+    known |= dict.fromkeys(("no", "false", "f", "n", "off", "0"), False)
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return known[text.lower()]
 
 
 def _to_int(text: str) -> int:

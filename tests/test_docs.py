@@ -72,7 +72,7 @@ def test_every_hyperparameter_has_a_source():
     assert not set(named) - own
     technical = {
         "data", "data_weights", "streaming", "image_column", "label_column", "max_bad_share", "stop_on_collapse",
-        "init_from", "allow_batch_change", "allow_data_change", "dataloader_timeout", "ddp_timeout",
+        "init_from", "allow_batch_change", "allow_data_change", "dataloader_timeout", "ddp_timeout", "track_model",
         "ddp_find_unused_parameters", "ddp_broadcast_buffers", "ignore_data_skip", "logging_steps",
         "logging_nan_inf_filter", "remove_unused_columns", "dataloader_drop_last", "dataloader_pin_memory",
         "lr_scheduler_type",

@@ -4,14 +4,18 @@ The command line runs this file by its path, because importing any part of `hf_r
 static: a shell that completes a word starts no Python.
 """
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hf_regvit_cli import COMMANDS, EVERY_COMMAND, OPTIONS, TABLES
+from hf_regvit_cli import COMMANDS, EVERY_COMMAND, TABLES, parser_of
 
 SHELLS = ("bash", "zsh", "fish")
+# Branches that set the options of a command and the values of a position: bash and zsh, fish.
+_BRANCHES = (
+    ("    {}) daily=({}) others=({}) ;;", "    {}) values=({}) ;;"),
+    ("    case {}\n        set daily {}\n        set others {}", "    case {}\n        set values {}"),
+)
 # Values of options without names: what follows the @ is not listed in the script.
 _OTHERWISE = {"bool": ["true", "false"], "str": ["@files"], "int": ["@none"], "float": ["@none"]}
 
@@ -30,53 +34,39 @@ def main(args: Sequence[str]) -> int:
 
 def script(shell: str) -> str:
     """Return the completion script for a shell."""
-    options = json.loads(OPTIONS.read_text(encoding="utf-8"))["commands"]
-    lists, values, known_words = [], {"completion::1": list(SHELLS)}, TABLES["values"]
-    for command, all_options in options.items():
-        helps = {option["name"]: (option["flags"][0], option["help"]) for option in all_options}
-        flags = {flag: option["name"] for option in all_options for flag in [option["name"], *option["flags"]]}
-        names = [flags[name] for group in COMMANDS[command].daily.values() for name in group.split()]
-        daily = [helps.pop(name) for name in names] + [("help", "List the daily options.")]
+    lists, known_words = [], TABLES["values"]
+    values = {"completion::1": list(SHELLS), "*:config:1": ["@files"]}
+    for command, (_, _, _, groups) in COMMANDS.items():
+        parser = parser_of(command)
+        helps = {name: (option["flags"][0], option["help"]) for name, option in parser.options.items()}
+        daily = [helps.pop(parser.names[name]) for group in groups.values() for name in group.split()]
         daily += [(name.split()[0], text) for name, text in EVERY_COMMAND.items()]
-        lists.append(_options(shell, command, daily, helps.values()))
-        for option in all_options:
-            own = known_words.get(f"{command} {option['name']}", known_words.get(option["name"], ""))
+        options = _words(shell, daily), _words(shell, helps.values())
+        lists.append(_BRANCHES[shell == "fish"][0].format(command, *options))
+        for name, option in parser.options.items():
+            own = known_words.get(f"{command} {name}", known_words.get(name, ""))
             known = option["choices"] or own.split() or _OTHERWISE[option["type"]]
             for flag in option["flags"]:
                 values[f"{command}:{flag}:{'*' if option['many'] else 1}"] = known
-        values[f"{command}:config:1"] = ["@files"]
     summaries = [(name, command.summary) for name, command in COMMANDS.items()]
     summaries.append(("completion", "print a script that completes commands and options with the Tab key"))
     text = (Path(__file__).parent / "templates" / f"completion.{shell}").read_text(encoding="utf-8")
     text = text.replace("@commands@", _words(shell, summaries, dashes=""))
-    return text.replace("@options@", "\n".join(lists)).replace("@values@", "\n".join(_values(shell, values)))
+    return text.replace("@options@", "\n".join(lists)).replace("@values@", "\n".join(_branches(shell, values)))
 
 
-def _options(shell: str, command: str, daily: Iterable[tuple[str, str]], others: Iterable[tuple[str, str]]) -> str:
-    """Return the branch that sets the options of a command."""
-    first, rest = _words(shell, daily), _words(shell, others)
-    if shell == "fish":
-        return f"    case {command}\n        set daily {first}\n        set others {rest}"
-    return f"    {command}) daily=({first}) others=({rest}) ;;"
-
-
-def _values(shell: str, values: dict[str, list[str]]) -> Iterable[str]:
+def _branches(shell: str, values: dict[str, list[str]]) -> Iterable[str]:
     """Yield the branches that set the values of a position, one for all positions with the same values."""
     for known in dict.fromkeys(map(tuple, values.values())):
-        words = " ".join(known)
         keys = [key for key, value in values.items() if tuple(value) == known]
-        if shell == "fish":
-            yield f"    case {' '.join(map(repr, keys))}\n        set values {words}"
-        else:
-            yield f"    {' | '.join(keys)}) values=({words}) ;;"
+        where = " ".join(map(repr, keys)) if shell == "fish" else " | ".join(keys)
+        yield _BRANCHES[shell == "fish"][1].format(where, " ".join(known))
 
 
 def _words(shell: str, named: Iterable[tuple[str, str]], *, dashes: str = "--") -> str:
     """Return names as words of a shell, with their help where the shell shows it."""
     if shell == "bash":
         return " ".join(dashes + name for name, _ in named)
-    between, quote = {"zsh": (":", r"'\''"), "fish": ("\t", r"\'")}[shell]
-    texts = (f"{dashes}{name}{between}{text}" for name, text in named)
-    if shell == "fish":
-        texts = (text.replace("\\", "\\\\") for text in texts)
-    return " ".join(f"'{text.replace(chr(39), quote)}'" for text in texts)
+    between, backslash, quote = {"zsh": (":", "\\", r"'\''"), "fish": ("\t", r"\\", r"\'")}[shell]
+    texts = (f"{dashes}{name}{between}{text}".replace("\\", backslash).replace("'", quote) for name, text in named)
+    return " ".join(f"'{text}'" for text in texts)

@@ -205,6 +205,8 @@ def _write_folder(output: Path, result: PreTrainedModel, trainer: FinetuningTrai
         facts["curves"] = CURVES
     facts["pictures"] = tuple(CardFigure(name, title) for name, title in shown.items())
     write_card_file(output, parameters=report["parameters"]["result"], **facts, **trainer.hub_names())
+    trainer.trackers.result(output / "metrics.json", [output / name for name in pictures])
+    trainer.trackers.finish(output)
     minutes, unusable = report["seconds"] / 60, output / BAD_IMAGES
     logger.info("Done in %.1f minutes. Model, card, curves and metrics are in %s.", minutes, output)
     if unusable.is_file():

@@ -67,6 +67,8 @@ def train_image_text(args: ImageTextArguments, *, callbacks: Sequence[TrainerCal
             report["artifacts"] = {"before": before, "after": _artifacts(trainer, reader)}
             report["seconds"] = time.perf_counter() - started
             write_json(args.folder / "result.json", report)
+            trainer.trackers.result(args.folder / "result.json")
+            trainer.trackers.finish(args.folder)
             logger.info("Done in %.1f minutes. The models are in %s.", report["seconds"] / 60, args.folder)
         trainer.accelerator.wait_for_everyone()
         return encoder

@@ -157,10 +157,11 @@ class Panels(Observer):
 
         backbone = model.whole_teacher_backbone()  # a collective if the teacher is sharded, so on every process
         if self.is_main_process:
-            maps = read_token_maps(backbone, self.pixel_values)
+            maps, path = read_token_maps(backbone, self.pixel_values), self.folder / f"step_{step:06d}.png"
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                progress_figure(self.images, maps, title=f"step {step}").save(self.folder / f"step_{step:06d}.png")
+                progress_figure(self.images, maps, title=f"step {step}").save(path)
+                self.figures["panel"] = path
             except OSError as error:  # a full disk must not stop the run
                 logger.error("ALARM: The panel of step %d cannot be written (%s). Training continues.", step, error)
         return {}

@@ -203,6 +203,7 @@ def _write_folder(trainer: DinoTrainer) -> RegViTModel:
             public_recipe(args.resolved()), read_json(output / "report.json"), run_environment(args)
         )
         write_card_file(output / BACKBONE, parameters=backbone.num_parameters(), **trainer.hub_names(), **facts)
+        trainer.trackers.finish(output / BACKBONE)
         trainer.push_result(output / BACKBONE)
     return backbone
 
@@ -258,7 +259,8 @@ def _train(trainer: DinoTrainer, alarms: CollapseAlarms) -> None:
         report |= {"alarms": [dataclasses.asdict(alarm) for alarm in alarms.raised], "stopped": stopped is not None}
         with trainer.writing_result():
             write_json(output / "report.json", report)
-            draw_curves(output, num_prototypes=trainer.args.head_num_prototypes)
+            curves = draw_curves(output, num_prototypes=trainer.args.head_num_prototypes)
+            trainer.trackers.result(output / "report.json", [curves] if curves else [])
     if stopped is not None:
         raise stopped
 

@@ -34,6 +34,7 @@ class RunArguments(TrainingArguments):
         False, "Whether to resume with another number of images per step, in steps unlike those of the earlier run."
     )
     allow_data_change: bool = option(False, "Whether to resume with a different list of images than the checkpoint.")
+    track_model: bool = option(True, "Whether to send the finished model to trackers with files (trackio, wandb).")
     dataloader_timeout: int = option(600, "Seconds to wait for a batch before the workers are restarted, once.")
 
     # Options of Trainer with other defaults

@@ -31,12 +31,14 @@ class Observer(TrainerCallback):
         at_most: Largest interval in steps if `every_steps` is a fraction.
 
     Attributes:
+        figures: Image files by name that were drawn since the last log line, for the trackers.
         seconds: Time spent on measurements so far.
         is_main_process: True if this process writes files.
     """
 
     def __init__(self, every_steps: float = 1, *, at_least: int = 1, at_most: int | None = None) -> None:
         self.every_steps, self.at_least, self.at_most = every_steps, at_least, at_most
+        self.figures: dict[str, Path] = {}
         self.seconds = 0.0
         self.is_main_process = True
         self._seconds_told = 0.0

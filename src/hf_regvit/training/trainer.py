@@ -23,6 +23,7 @@ from .finite import FiniteGuard, out_of_memory, peak_memory_mib
 from .run_folder import package_versions
 from .samplers import EpochSampler, StreamSampler
 from .signals import leave_signals_to_parent
+from .trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class RunTrainer(CheckpointedTrainer):
 
     Attributes:
         guard: Check of losses and gradients.
+        trackers: Trackers of the run; close them after its result is written.
         fixed_options: Options that a resumed run cannot change, because the checkpoint would hold other tensors.
 
     Raises:
@@ -121,6 +123,7 @@ class RunTrainer(CheckpointedTrainer):
             callbacks=[rules or StepSeeds(), self.guard, *callbacks],
             **options,
         )
+        self.trackers = Trackers(self)
         self.guard.check_gradients = self.accelerator.scaler is None  # a scaler skips overflowing steps itself
         # Trainer would print raw dictionaries, which the progress bar and the metrics file already cover.
         self.remove_callback(PrinterCallback)
@@ -346,6 +349,8 @@ class RunTrainer(CheckpointedTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, Observer):
                 values, seconds = callback.take()
+                self.trackers.figures(callback.figures)
+                callback.figures = {}
                 measured.update(values)
                 measuring += seconds
         if measured:
