@@ -3,17 +3,22 @@
     make demo                        built-in images of scikit-image and scikit-learn, cut into tiles
     DATA=path/to/folder make demo    your own images (a folder, class folders, parquet)
 
-Pretrains a small RegViT with four registers without labels, compares its features with simple ones by k nearest
-neighbors, saves and reloads it as a user would, and draws the attention maps of CLS and registers. A finished run is
-reused, and an interrupted run continues; `--fresh` starts over.
+Pretrains a small RegViT with four registers without labels, saves and reloads it as a user would, compares its
+features with those of the untrained network and with simple ones, and writes `demo.html`, one page with the scores,
+the attention of CLS and registers before and after, and the norms of the tokens. A finished run is reused, and an
+interrupted run continues; `--fresh` starts over.
 """
 
 import argparse
 import json
+import math
+import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,17 +26,36 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 import yaml
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from hf_regvit import PretrainingArguments, RegViTModel, TokenReader, knn_classify, load_images, pretrain
+from hf_regvit.data.builtin import builtin_images
+from hf_regvit.diagnosis.diagnose import artifact_snapshot
+from hf_regvit.figures.curves import curves_figure, read_metrics
+from hf_regvit.figures.diagnosis_page import attention_panel, image_panel, map_panel
+from hf_regvit.figures.maps import INK, STYLE, TokenMaps, color_image, pca_colors, read_token_maps, stretch
+from hf_regvit.figures.pages import chart, data_url, render, write_page
 
 HERE = Path(__file__).resolve().parent
-MAX_IMAGES = 2000  # of a user's folder: enough for the few thousand steps of a demo, and ready in a minute or two
+MAX_IMAGES = 2000  # of a user's folder: enough for the few hundred steps of a demo, and ready in a minute or two
 SHORT_SIDE = 256  # pixels, of the resized copies: four times the largest crop
 NEIGHBOURS = 10
+MAX_BANK, MAX_TEST = 1000, 720  # images whose features are compared
+PATCHES = 32  # rows and columns of the maps of the page
+SIMPLE = ("raw 16x16 pixels", "color mean and deviation")  # features without a network
+# Curves of the page: title, and keys of the metrics file with their names in the legend.
+CURVES = (
+    ("loss (nats)", {"loss": "sum", "ibot_loss": "iBOT, hidden patches", "dino_local_loss": "DINO, local crops",
+                     "dino_global_loss": "DINO, global crops"}),
+    ("spread of CLS over images", {"feature_std": "1 = evenly spread, 0 = collapsed"}),
+    ("registers", {"register_cosine": "cosine between registers", "cls_to_register_attention": "attention of CLS"}),
+)  # fmt: skip
+
+Features = dict[str, torch.Tensor]  # (n, D) by name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def demo(data: str, recipe: Path, run: Path, *, fresh: bool = False) -> None:
     # Hide the progress bars for every file that is read or written. The bar of Trainer stays.
     transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own functions
     if fresh:
         clear_run(run)
     with step("Images"):
@@ -72,23 +97,38 @@ def demo(data: str, recipe: Path, run: Path, *, fresh: bool = False) -> None:
         )
     arguments = read_recipe(recipe, folder, run, num_images=len(train))
     seconds = pretrain_or_reuse(arguments, run)
-    backbone = run / "backbone"
+    backbone, page = run / "backbone", run / "demo.html"
     with step("Loading the saved model"):
         model, processor = load_and_compare(backbone, train[0].image)
-    scores = neighbor_scores(train, held_out, arguments, model, processor, run / "scores.json")
-    table = score_table(scores, train, held_out, seconds) if scores else ""
-    write_card(backbone, model, data=data, seconds=seconds, table=table)
-    figure = run / "attention.png"
-    if not figure.exists() or figure.stat().st_mtime < (backbone / "model.safetensors").stat().st_mtime:
-        with step("Figure"):
-            draw_attention(model, processor, shown_images(data, train), figure)
+    weights, saved = backbone / "model.safetensors", run / "scores.json"
+    compared = compared_images(train, held_out)
+    if not page.exists() or page.stat().st_mtime < weights.stat().st_mtime:
+        torch.manual_seed(arguments.seed)
+        networks = {"untrained": RegViTModel(arguments.backbone_config()).eval(), "trained": model}
+        with step("Features of the untrained and the trained network"):
+            features = [features_of(part, networks, processor) for part in compared]
+            scores = neighbor_scores(*features, *compared) if held_out else {}
+        with step("Page"):
+            facts = run_facts(arguments, model, seconds, data=data, num_images=len(train))
+            values = page_values(run, shown_images(data, train), networks, processor)
+            text = quote(facts, scores, values["norms"]["after"], *compared)
+            nearest = nearest_images(*features, *compared, labeled=bool(scores))
+            values |= {"facts": facts, "quote": text, "neighbors": nearest, "scores": score_rows(scores)}
+            values["protocol"] = protocol(*compared) if scores else ""
+            if scores:
+                saved.write_text(json.dumps(scores, indent=2) + "\n")
+            write_page(render("demo.html", folder=HERE, **values), page)
+        print(f"\n{textwrap.fill(text, 100)}")
+    scores = json.loads(saved.read_text()) if held_out else {}
+    table = score_table(scores, *compared) if scores else ""
+    extend_card(backbone / "README.md", table)
     print()
     print(
         table
         or "The kNN comparison was skipped: it needs labeled test images (class folders with two or more classes).\n"
     )
     print(f"Checkpoint   {backbone}      AutoModel.from_pretrained('{backbone}') after `import hf_regvit`")
-    print(f"Figure       {figure}")
+    print(f"Page         {page.resolve().as_uri()}")
 
 
 # --- Images
@@ -101,7 +141,7 @@ def prepare_images(data: str, run: Path) -> str:
     skipped. If images were added or removed since the last call, the run starts over.
     """
     if data in ("photos", "digits"):
-        return data
+        return f"builtin:{data}"
     parts = {"train": load_images(data)}
     source = parts["train"]
     try:
@@ -114,7 +154,7 @@ def prepare_images(data: str, run: Path) -> str:
             others = np.setdiff1d(order, held_out)
             parts = {"train": source.subset(others.tolist()), "validation": source.subset(held_out.tolist())}
     names = json.dumps({name: list(part.ids) for name, part in parts.items()})
-    folder, listing = run / "images", run / "images" / "sources.json"
+    folder, listing = run / "images", run / "images" / ".sources.json"
     if listing.exists() and listing.read_text() == names:
         return str(folder)
     if listing.exists():
@@ -172,14 +212,17 @@ def open_parts(data: str):
     return train, (held_out if scorable else None)
 
 
-def shown_images(data: str, train, limit: int = 6) -> list[Image.Image]:
-    """Return the images to draw; for the built-in tiles, whole images of scikit-image."""
+def shown_images(data: str, train, limit: int = 4) -> list[tuple[str, Image.Image]]:
+    """Return the images to draw, with their names; for the built-in tiles, whole images of scikit-image."""
     if data == "photos":
-        from skimage import data as samples
+        images = builtin_images()
+        return [(name, images[name]) for name in ("chelsea", "rocket", "coffee", "astronaut")[:limit]]
+    return [(f"image {i + 1}", train[i].image) for i in spread(len(train), limit)]
 
-        names = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins")
-        return [Image.fromarray(getattr(samples, name)()).convert("RGB") for name in names[:limit]]
-    return [train[i].image for i in np.linspace(0, len(train) - 1, min(limit, len(train))).astype(int).tolist()]
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Return evenly spaced indices."""
+    return np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(int)).tolist()
 
 
 # --- Training
@@ -213,6 +256,7 @@ def pretrain_or_reuse(arguments, run: Path) -> float:
         return json.loads(report.read_text())["seconds"]
     # "last" resumes from the newest intact checkpoint, or starts a new run if there is none.
     print("Pretraining   continuing" if list(run.glob("checkpoint-*")) else "Pretraining")
+    print(textwrap.indent(textwrap.fill(loss_text(arguments), 100), "  "), flush=True)
     arguments.resume_from_checkpoint = "last"
     pretrain(arguments)
     for folder in run.glob("checkpoint-*"):
@@ -264,35 +308,39 @@ def load_and_compare(folder: Path, image: Image.Image):
     return model, processor
 
 
-def neighbor_scores(train, held_out, arguments, model, processor, file: Path) -> dict[str, dict[str, float]] | None:
-    """Return the 10-NN accuracy on test images for simple features, the untrained and the trained network."""
+def compared_images(train, held_out):
+    """Return the bank and the queries of the comparison; without labeled test images, four training images."""
     if held_out is None:
-        return None
-    if file.exists():
-        return json.loads(file.read_text())
-    with step("Nearest neighbors"):
-        images = [[source[i].image for i in range(len(source))] for source in (train, held_out)]
-        torch.manual_seed(arguments.seed)
-        untrained = RegViTModel(arguments.backbone_config()).eval()
-        features = {
-            "raw 16x16 pixels": [raw_pixels(part) for part in images],
-            "color mean and deviation": [color_statistics(part) for part in images],
-        }
-        for name, network in (("untrained", untrained), ("trained", model)):
-            features[name] = [network_features(network, processor, part) for part in images]
-        scores = {name: accuracies(*pair, train.labels, held_out.labels) for name, pair in features.items()}
-    file.write_text(json.dumps(scores, indent=2) + "\n")
-    return scores
+        queries = vivid(train, min(4, len(train) - 1))
+        return drawn(train, MAX_BANK, without=queries), train.subset(queries)
+    return drawn(train, MAX_BANK), drawn(held_out, MAX_TEST)
 
 
-@torch.no_grad()
-def network_features(network: RegViTModel, processor, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Return the CLS token and the mean patch token of every image, concatenated."""
-    rows = []
-    for start in range(0, len(images), 256):
-        output = network(**processor(images[start : start + 256], return_tensors="pt"))
-        rows.append(torch.cat([output.pooler_output, output.patch_tokens.mean(dim=1)], dim=-1))
-    return torch.cat(rows)
+def vivid(source, wanted: int) -> list[int]:
+    """Return the indices of the images with the strongest contrast among 24 at even distances."""
+    contrast = {i: np.asarray(source[i].image.convert("L")).std() for i in spread(len(source), 24)}
+    return sorted(sorted(contrast, key=lambda i: -contrast[i])[:wanted])
+
+
+def drawn(source, limit: int, *, without: Sequence[int] = ()):
+    order = np.random.default_rng(0).permutation(np.setdiff1d(np.arange(len(source)), without))
+    return source.subset(np.sort(order[:limit]).tolist())
+
+
+@torch.inference_mode()
+def features_of(source, networks: dict[str, RegViTModel], processor) -> Features:
+    """Return simple features of every image, and of each network CLS and the mean patch token, concatenated."""
+    rows: dict[str, list[torch.Tensor]] = {}
+    for start in tqdm(range(0, len(source), 64), desc="  features", unit="batch", leave=False):
+        images = [source[i].image for i in range(start, min(start + 64, len(source)))]
+        pixels = processor(images, return_tensors="pt").pixel_values
+        found = dict(zip(SIMPLE, (raw_pixels(images), color_statistics(images))))
+        for name, network in networks.items():
+            output = network(pixels)
+            found[name] = torch.cat([output.pooler_output, output.patch_tokens.mean(dim=1)], dim=-1)
+        for name, values in found.items():
+            rows.setdefault(name, []).append(values)
+    return {name: torch.cat(values) for name, values in rows.items()}
 
 
 def raw_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
@@ -303,6 +351,11 @@ def raw_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
 def color_statistics(images: Sequence[Image.Image]) -> torch.Tensor:
     pixels = [np.asarray(image, dtype=np.float32).reshape(-1, 3) / 255 for image in images]
     return torch.from_numpy(np.stack([np.concatenate([p.mean(0), p.std(0)]) for p in pixels]))
+
+
+def neighbor_scores(of_bank: Features, of_test: Features, bank, test) -> dict[str, dict[str, float]]:
+    """Return the 10-NN accuracy for simple features, the untrained and the trained network."""
+    return {name: accuracies(of_bank[name], of_test[name], bank.labels, test.labels) for name in of_bank}
 
 
 def accuracies(train: torch.Tensor, test: torch.Tensor, train_labels, test_labels) -> dict[str, float]:
@@ -318,90 +371,218 @@ def accuracies(train: torch.Tensor, test: torch.Tensor, train_labels, test_label
     }
 
 
-def score_table(scores: dict[str, dict[str, float]], train, held_out, seconds: float) -> str:
-    counts = np.bincount(held_out.labels)
-    names = {
-        "untrained": "RegViT, untrained",
-        "trained": f"RegViT, after {seconds / 60:.1f} minutes",
-    }
-    lines = [
-        f"{NEIGHBOURS}-NN accuracy on {len(held_out)} held-out images of {len(train.label_names)} classes "
-        f"(always predicting the largest class: {counts.max() / counts.sum():.1%}).",
-        "Network features: CLS and mean patch token, without registers.",
-        "",
-        f"| {'features':<28} | cosine | Euclidean |",
-        f"|{'-' * 30}|-------:|----------:|",
-    ]
-    lines += [
-        f"| {names.get(name, name):<28} | {score['cosine']:6.1%} | {score['euclidean']:9.1%} |"
+def score_rows(scores: dict[str, dict[str, float]]) -> list[list[str]]:
+    names = {"untrained": "RegViT, untrained", "trained": "RegViT, trained without labels"}
+    return [
+        [names.get(name, name), *(f"{score[kind]:.1%}" for kind in ("cosine", "euclidean"))]
         for name, score in scores.items()
     ]
+
+
+def protocol(bank, test) -> str:
+    counts = np.bincount(test.labels)
+    return (
+        f"{NEIGHBOURS}-NN accuracy on {len(test)} held-out images of {len(bank.label_names)} classes, with a "
+        f"bank of {len(bank):,} training images. The largest class has {counts.max() / counts.sum():.1%}. Features of "
+        "a network: CLS and mean patch token, without registers."
+    )
+
+
+def score_table(scores: dict[str, dict[str, float]], bank, test) -> str:
+    lines = [
+        protocol(bank, test),
+        "",
+        f"| {'features':<32} | cosine | Euclidean |",
+        f"|{'-' * 34}|-------:|----------:|",
+    ]
+    lines += [f"| {name:<32} | {cosine:>6} | {euclidean:>9} |" for name, cosine, euclidean in score_rows(scores)]
     return "\n".join(lines) + "\n"
 
 
-# --- Figure, card and messages
+def extend_card(card: Path, table: str) -> None:
+    """Append the table to the card that the training wrote, once."""
+    text = card.read_text(encoding="utf-8")
+    if table and table not in text:
+        card.write_text(f"{text.rstrip()}\n\n## Nearest neighbors\n\n{table}", encoding="utf-8")
 
 
-def draw_attention(model: RegViTModel, processor, images: Sequence[Image.Image], path: Path) -> None:
-    """Draw the center of each image beside the attention of CLS and registers to its patches, mean over heads."""
+# --- Page
+
+
+def run_facts(arguments, model: RegViTModel, seconds: float, *, data: str, num_images: int) -> dict[str, str]:
+    """Return the facts of the run as text."""
+    config = model.config
+    minutes, rest = divmod(round(seconds), 60)
+    kind = {"photos": "image tiles", "digits": "images of digits"}.get(data, "images")
+    return {
+        "time": f"{minutes} min {rest} s" if minutes else f"{rest} s",
+        "threads": f"{torch.get_num_threads()} CPU thread{'s' if torch.get_num_threads() > 1 else ''}",
+        "model": f"a Vision Transformer with {config.num_register_tokens} registers and "
+        f"{model.num_parameters() / 1e6:.1f} million parameters",
+        "shape": f"{config.num_hidden_layers} blocks, width {config.hidden_size}, patches of {config.patch_shape[0]} "
+        f"pixels, crops of {arguments.global_crop_size} and {arguments.local_crop_size} pixels, seed {arguments.seed}",
+        "images": f"{num_images:,} {kind} without labels",
+        "classes": "source images" if data == "photos" else "classes",
+        "steps": f"{arguments.max_steps:,} steps of {arguments.per_device_train_batch_size} images",
+        "loss": loss_text(arguments),
+        "run": arguments.output_dir,
+        "demo": f"regvit {shlex.join(['demo', '--model', arguments.output_dir])}",
+    }
+
+
+def loss_text(arguments) -> str:
+    """Explain the training loss."""
+    start = (arguments.dino_loss_weight + arguments.ibot_loss_weight) * math.log(arguments.head_num_prototypes)
+    return (
+        f"The loss is a cross-entropy: the student predicts to which of {arguments.head_num_prototypes} prototypes "
+        f"the teacher assigns another crop (DINO) and hidden patches (iBOT). It starts near {start:.1f}, the value of "
+        "a network that finds all prototypes equally likely, falls quickly, and then changes little or rises. This is "
+        "expected: the teacher is a moving average of the student and sets new, sharper targets all the time. So the "
+        "loss does not say how good the features are, and a loss of 0 would mean that all images look the same to the "
+        "network. The nearest neighbors show what was learned."
+    )
+
+
+def quote(facts: dict[str, str], scores: dict[str, dict[str, float]], found: dict, bank, test) -> str:
+    """Return a paragraph that states the numbers of this run, and what they do not show."""
+    best = {name: f"{max(score.values()):.1%}" for name, score in scores.items()}
+    measured = (
+        f" By the {NEIGHBOURS} nearest of {len(bank):,} training images, its frozen features classify "
+        f"{best['trained']} of {len(test)} held-out images correctly ({len(bank.label_names)} {facts['classes']}); "
+        f"the untrained network reaches {best['untrained']}, mean and deviation of the colors {best[SIMPLE[1]]} (the "
+        "better of two distances each)."
+        if scores
+        else ""
+    )
+    if found["bimodal"]:
+        outliers = f"{found['outlier_share']:.2%} of its patches have outlying norms, as regvit diagnose defines them."
+    else:
+        outliers = (
+            "It has no artifact tokens, as expected of a small model after minutes: no patch of the images shown has "
+            f"more than {found['norm_max'] / found['norm_median']:.1f} times the median norm. In large models with "
+            "long training, some patches have ten times that norm; regvit diagnose finds them, and regvit retrofit "
+            "moves them into registers."
+        )
+    learned = f"In {facts['time']} on {facts['threads']}, {facts['model']} learned from {facts['images']}."
+    return f"{learned}{measured} {outliers}"
+
+
+def page_values(run: Path, images, networks: dict[str, RegViTModel], processor) -> dict:
+    """Return maps, charts and norms of the untrained and the trained network for the same images."""
+    import matplotlib
+
+    side = PATCHES * networks["trained"].config.patch_shape[0]
+    squares = [ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC) for _, image in images]
+    own = type(processor)(**processor.to_dict() | {"do_resize": False, "do_center_crop": False})
+    pixels = own(squares, return_tensors="pt").pixel_values
+    readers = [TokenReader(network, own) for network in networks.values()]
+    before, after = ([*read_token_maps(reader, pixels)] for reader in readers)
+    norms = dict(zip(("before", "after"), (artifact_snapshot(reader, pixels) for reader in readers)))
+    lines = read_metrics(run / "metrics.jsonl")
+    curves = [panel for panel in CURVES if any(key in line for line in lines for key in panel[1])]
+    with matplotlib.rc_context(STYLE | {"axes.edgecolor": INK}):
+        charts = [chart(clear_legends(curves_figure(lines, [panel])), panel[0]) for panel in curves]
+        histogram = chart(norm_figure(before, after, norms["after"]), "norms of the patches before and after training")
+    return {
+        "examples": [
+            {"id": name, "image": image_panel(square),
+             "rows": [token_panels(maps[i], when) for when, maps in (("before", before), ("after", after))]}
+            for i, ((name, _), square) in enumerate(zip(images, squares))
+        ],
+        "norms": norms, "norm_rows": norm_rows(**norms), "histogram": histogram, "curves": charts,
+        "patches": len(images) * PATCHES**2, "panels": len(after[0].attention) + 2,
+    }  # fmt: skip
+
+
+def token_panels(maps: TokenMaps, when: str) -> list[dict]:
+    """Return attention of CLS and of each register, PCA and norms of the patches, with a note under each."""
+    names = ["CLS", *(f"register {i + 1}" for i in range(len(maps.registers)))]
+    panels = [attention_panel(values, f"{name}, {when}") for name, values in zip(names, maps.attention, strict=True)]
+    relative = maps.norms / maps.norms.median()
+    low, high = relative.min().item(), relative.max().item()
+    norm = map_panel(stretch(relative, low, high), "viridis", f"norm, {when}", f"{low:.1f} to {high:.1f} x median")
+    colors = data_url(color_image(pca_colors(maps.patch_tokens)))
+    return [*panels, norm | {"label": f"PCA, {when}", "note": "three components", "image": colors}, norm]
+
+
+def norm_rows(before: dict, after: dict) -> list[list[str]]:
+    """Return the numbers of a diagnosis for both networks; norms are relative to the median patch."""
+    rows = (
+        ("block", "layer", "{:.0f}"),
+        ("largest patch norm / median", "norm_max", "{:.2f}"),
+        ("norm of the cut-off / median", "cutoff", "{:.2f}"),
+        ("register norm / median patch norm", "register_norm", "{:.2f}"),
+        ("patches above the cut-off", "outlier_share", "{:.2%}"),
+        ("cosine between registers", "register_cosine", "{:.2f}"),
+        ("attention of CLS to registers", "attention_registers", "{:.1%}"),
+        ("effective rank of the patches", "effective_rank", "{:.1f}"),
+    )
+    return [
+        [
+            name,
+            *(form.format(found[key] / (found["norm_median"] if "norm" in name else 1)) for found in (before, after)),
+        ]
+        for name, key, form in rows
+        if key in after
+    ]
+
+
+def norm_figure(before: Sequence[TokenMaps], after: Sequence[TokenMaps], found: dict):
+    """Draw the norms of the patches in the last block, relative to their median, with the cut-off of the diagnosis."""
     from matplotlib.figure import Figure
 
-    side = 32 * model.config.patch_shape[0]
-    squares = [ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC) for image in images]
-    own = type(processor)(**processor.to_dict() | {"do_resize": False, "do_center_crop": False})
-    reader = TokenReader(model, own)
-    queries = {"CLS": "cls"} | {f"register {i + 1}": ("register", i) for i in range(model.config.num_register_tokens)}
-    maps = {name: reader.attention_maps(squares, query=query).mean(axis=1) for name, query in queries.items()}
-    figure = Figure(figsize=(1.6 * (1 + len(maps)), 1.6 * len(squares)), layout="constrained")
-    axes = figure.subplots(len(squares), 1 + len(maps), squeeze=False)
-    for row, square in zip(axes, squares):
-        row[0].imshow(square)
-    for column, (name, of_images) in enumerate(maps.items(), 1):
-        axes[0, column].set_title(name, fontsize=9)
-        for axis, of_image in zip(axes[:, column], of_images):
-            axis.imshow(of_image, cmap="magma")
-    for axis in axes.flat:
-        axis.set_axis_off()
-    figure.savefig(path, dpi=150)
+    figure = Figure(figsize=(4.6, 2.6))
+    axis = figure.add_axes((0.13, 0.17, 0.84, 0.7))
+    edges, cutoff = np.geomspace(0.25, 32, 113), found["cutoff"] / found["norm_median"]
+    for maps, style in (
+        (before, {"color": INK, "lw": 1, "label": "untrained"}),
+        (after, {"color": "#0072b2", "fill": True, "alpha": 0.7, "label": "trained"}),
+    ):
+        norms = torch.stack([each.norms for each in maps])
+        counts = np.histogram((norms / norms.median()).clamp(edges[0], edges[-1]).numpy(), edges)[0]
+        axis.stairs(counts / counts.sum(), edges, **style)
+    if not found["bimodal"]:  # else the cut-off may be that of another block
+        axis.axvline(cutoff, color="#d55e00", lw=1, ls="--", label="cut-off of the diagnosis")
+    if "register_norm" in found:
+        place = found["register_norm"] / found["norm_median"]
+        axis.plot(place, 1.02, "v", color="#009e73", clip_on=False, label="registers", ls="none",
+                  transform=axis.get_xaxis_transform())  # fmt: skip
+    axis.set(xscale="log", xlim=(edges[0], edges[-1]), xlabel="norm / median norm of the patches")
+    axis.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16, 32], ["0.25", "0.5", "1", "2", "4", "8", "16", "32"])
+    axis.minorticks_off()
+    axis.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    axis.legend(frameon=False, loc="upper right")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
-def write_card(folder: Path, model, *, data: str, seconds: float, table: str) -> None:
-    config = model.config
-    source = f"the built-in set `{data}`" if data in ("photos", "digits") else "images of the user"
-    (folder / "README.md").write_text(
-        f"""---
-library_name: transformers
-pipeline_tag: image-feature-extraction
-tags:
-- regvit
-- register-tokens
-- self-supervised
----
+def clear_legends(figure):
+    """Remove the white boxes of the legends, for pages in dark mode."""
+    for axis in figure.axes:
+        axis.grid(color=INK, alpha=0.12)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.get_legend():
+            axis.get_legend().set_frame_on(False)
+    return figure
 
-# RegViT with {config.num_register_tokens} registers, {config.num_hidden_layers} blocks, width {config.hidden_size}
 
-Made by `make demo` of hf_regvit: pretrained without labels with the DINOv2 losses on {source}, {seconds / 60:.1f}
-minutes on a CPU, patches of {config.patch_shape[0]} px, crops of {config.image_size} px. This model demonstrates the
-workflow and is not a general-purpose model.
+def nearest_images(of_bank: Features, of_test: Features, bank, test, *, labeled: bool, count: int = 5) -> list[dict]:
+    """Return four images, and the nearest training images of each by the features of both networks."""
 
-```python
-import hf_regvit  # without the package, use trust_remote_code=True
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
+    def shown(source, index: int) -> dict:
+        record = source[index]
+        name = source.label_names[record.label] if labeled else record.id
+        return {"name": name, "image": data_url(ImageOps.fit(record.image, (96, 96)), "JPEG")}
 
-model = AutoModel.from_pretrained("path/to/this/folder")
-processor = AutoImageProcessor.from_pretrained("path/to/this/folder")
-output = model(**processor(Image.open("image.jpg").convert("RGB"), return_tensors="pt"))
-output.pooler_output, output.patch_tokens, output.register_tokens
-```
-
-The tokens are `[CLS | registers | patches]`. `output.output_mask` is False for the registers, which have no position
-in the image.
-
-{table}
-""",
-        encoding="utf-8",
-    )
+    found = []
+    for query in vivid(test, 4) if labeled else range(len(test)):
+        rows = []
+        for name in ("untrained", "trained"):
+            similarity = F.cosine_similarity(of_bank[name], of_test[name][query : query + 1])
+            nearest = similarity.topk(min(count, len(bank))).indices.tolist()
+            rows.append({"name": name, "images": [shown(bank, index) for index in nearest]})
+        found.append(shown(test, query) | {"rows": rows})
+    return found
 
 
 @contextmanager

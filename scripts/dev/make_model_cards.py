@@ -54,7 +54,7 @@ def photos(work: Path, cards: Path) -> None:
         work, cards, "regvit-photos-demo", run, diagnosis, scores, "--license", "apache-2.0",
         "--data_license", "the images that come with scikit-image and scikit-learn; their documentation states the "
         "terms of each image",
-        "--description", "This model was created by `make demo`, which takes five minutes on two idle cores. It "
+        "--description", "This model was created by `make demo`. It "
         "demonstrates the package and is not meant for other images. It is evaluated on held-out tiles of the 21 "
         "images on which it was trained.",
     )  # fmt: skip

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from builders import noise, planted_model, tiny_model
+from builders import noise, planted_model, tiny_model, write
+from helpers import load_script
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.diagnosis.comparison import compare_checkpoints
 from hf_regvit.diagnosis.diagnose import diagnose
@@ -184,4 +185,41 @@ def test_the_check_for_errors_can_fail(browser, tmp_path):
     page.on("pageerror", lambda error: seen.messages.append(str(error)))
     page.goto((tmp_path / "bad.html").as_uri())
     assert len(seen.messages) == 2
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory):
+    """Run the demo on 24 labeled images, two steps."""
+    folder = tmp_path_factory.mktemp("demo")
+    for i in range(24):
+        path = folder / "images" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise(i, (40, 32)).save(path)
+    sizes = {
+        "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "global_crop_size": 32,
+        "local_crop_size": 16, "num_local_crops": 1, "head_num_prototypes": 32, "head_hidden_size": 32,
+        "head_bottleneck_size": 16, "per_device_train_batch_size": 8, "max_steps": 2, "logging_steps": 1,
+    }  # fmt: skip
+    recipe = write(folder / "tiny.yaml", "\n".join(["report_to: none", *(f"{k}: {v}" for k, v in sizes.items())]))
+    demo = load_script("examples/demo.py")
+    run = folder / "run"
+    assert demo.main(["--data", str(folder / "images"), "--config", str(recipe), "--output_dir", str(run)]) == 0
+    return run / "demo.html"
+
+
+@pytest.mark.parametrize(("name", "screen"), SCREENS)
+def test_the_page_of_make_demo(browser, screenshots, demo_run, name, screen):
+    page = opened(browser, demo_run, f"make_demo_{name}", screen, screenshots)
+    assert page.locator(".pair figure").count() == 4 * (1 + 2 * 7)
+    first, second = (page.locator(".pair").first.locator("figure").nth(i).bounding_box() for i in (1, 8))
+    assert page.locator(".pair figcaption").nth(1).inner_text().startswith("CLS, before")
+    assert page.locator(".pair figcaption").nth(8).inner_text().startswith("CLS, after")
+    if name.startswith("desktop"):  # before and after lie above each other, on a phone beside each other
+        assert first["x"] == second["x"]
+    else:
+        assert first["y"] == second["y"]
+    assert page.locator(".nearest .right, .nearest .wrong").count() == 4 * 2 * 5
+    assert page.locator(".quote p").inner_text().startswith("In ")
+    assert page.locator(".chart svg").count() >= 2
     page.close()

@@ -126,7 +126,7 @@ def _before_after(first: ArtifactReport, last: ArtifactReport) -> list[Record]:
                 for one, report, side in zip(pair, (first, last), sides)
             ]
             attention = [
-                _attention_map(one["attention_cls"], f"CLS attention, {side}")
+                attention_panel(one["attention_cls"], f"CLS attention, {side}")
                 for one, side in zip(pair, sides) if one["attention_cls"] is not None
             ]  # fmt: skip
             shown.append({"id": pair[0]["id"], "panels": [_picture(pair[0], first), *norms, *attention]})
@@ -154,7 +154,7 @@ def write_retrofit(
     examples = [
         {
             "id": f"test image {i}",
-            "panels": [_plain_picture(result.transform.picture(pixels)), *_retrofit_maps(*sides)],
+            "panels": [image_panel(result.transform.picture(pixels)), *_retrofit_maps(*sides)],
         }
         for i, (pixels, *sides) in enumerate(zip(result.examples, before, after), 1)
     ]
@@ -163,7 +163,8 @@ def write_retrofit(
     return write_page(page, path)
 
 
-def _plain_picture(image: Image.Image) -> Record:
+def image_panel(image: Image.Image) -> Record:
+    """Return an image for the template."""
     shape = {"grid": (image.height, image.width), "kind": "image", "outliers": []}
     return {"label": "image", "note": "as the model received it", "image": data_url(image, "JPEG")} | shape
 
@@ -176,14 +177,14 @@ def _retrofit_maps(before: TokenMaps, after: TokenMaps) -> list[Record]:
     colors = pca_colors(torch.stack([maps.patch_tokens for maps in sides.values()]))
     norms, pca, cls = [], [], []
     for (side, maps), shade, image in zip(sides.items(), shades, colors):
-        norms.append(_map(shade, "viridis", f"norm {side}", f"{maps.norms.min():.3g} to {maps.norms.max():.3g}"))
+        norms.append(map_panel(shade, "viridis", f"norm {side}", f"{maps.norms.min():.3g} to {maps.norms.max():.3g}"))
         pca.append(
             norms[-1] | {"label": f"PCA {side}", "note": "one PCA for both", "image": data_url(color_image(image))}
         )
         first = len(maps.attention) - len(maps.registers)
-        cls += [_attention_map(values, f"CLS attention {side}") for values in maps.attention[:first]]
+        cls += [attention_panel(values, f"CLS attention {side}") for values in maps.attention[:first]]
     registers = distinct_registers(after.attention[len(after.attention) - len(after.registers) :])
-    return [*norms, *(_attention_map(values, f"{name} attention") for name, values in registers), *pca, *cls]
+    return [*norms, *(attention_panel(values, f"{name} attention") for name, values in registers), *pca, *cls]
 
 
 def _change(found: Record) -> tuple[str, str]:
@@ -292,7 +293,7 @@ def _blocks(report: ArtifactReport) -> list[list[Any]]:
     return [list(names.values()), *([record[name] for name in names] for record in report.layers)]
 
 
-def _map(shade: Tensor, colors: str, label: str, note: str) -> Record:
+def map_panel(shade: Tensor, colors: str, label: str, note: str) -> Record:
     """Return a map for the template; `shade` is in [0, 1]."""
     return {
         "label": label,
@@ -307,7 +308,7 @@ def _map(shade: Tensor, colors: str, label: str, note: str) -> Record:
 def _example(example: Record, report: ArtifactReport) -> list[Record]:
     """Return the image, its norms, and the attention of CLS (if any) and of each register."""
     beyond = [
-        _map(stretch(torch.tensor(values, dtype=torch.float64), 0, high), "viridis", label, note)
+        map_panel(stretch(torch.tensor(values, dtype=torch.float64), 0, high), "viridis", label, note)
         for key, high, label, note in (
             ("repetition", 1.0, "repetition", "cosine in other images"),
             ("received", 10.0, "received attention", "bright: 10 times uniform"),
@@ -320,7 +321,7 @@ def _example(example: Record, report: ArtifactReport) -> list[Record]:
         _picture(example, report),
         _norm_map(example, report, _logs(example)),
         *beyond,
-        *(_attention_map(values, f"{name} attention") for name, values in [*maps, *registers]),
+        *(attention_panel(values, f"{name} attention") for name, values in [*maps, *registers]),
     ]
 
 
@@ -345,23 +346,25 @@ def _norm_map(example: Record, report: ArtifactReport, scale: Tensor) -> Record:
     logs, outliers = _logs(example), _picture(example, report)["outliers"]
     low, high = torch.quantile(scale, 0.01).item(), scale.max().item()
     note = f"block {report.layer}, {logs.min().exp():.3g} to {logs.max().exp():.3g}"
-    return _map(stretch(logs, low, high), "viridis", "norm", note) | {"outliers": outliers}
+    return map_panel(stretch(logs, low, high), "viridis", "norm", note) | {"outliers": outliers}
 
 
-def _attention_map(values: Sequence[Sequence[float]] | Tensor, label: str) -> Record:
+def attention_panel(values: Sequence[Sequence[float]] | Tensor, label: str) -> Record:
+    """Return an attention map for the template, on a scale of its own."""
     attention = torch.as_tensor(values, dtype=torch.float64)
-    return _map(stretch(attention, *attention_limits(attention)), "magma", label, f"{attention.sum():.0%} on patches")
+    shade = stretch(attention, *attention_limits(attention))
+    return map_panel(shade, "magma", label, f"{attention.sum():.0%} on patches")
 
 
 def _positions(report: ArtifactReport) -> list[Record]:
     """Return where the outliers are, and the mean attention of CLS (if any)."""
     share = torch.tensor(report.outliers["position_map"], dtype=torch.float64)
     most = f"0 to {share.max():.1%} of the images"
-    panels = [_map(stretch(share, 0, share.max().item()), "viridis", "outlier share per cell", most)]
+    panels = [map_panel(stretch(share, 0, share.max().item()), "viridis", "outlier share per cell", most)]
     if report.attention is not None:
         mean = torch.tensor(report.attention["mean_map"], dtype=torch.float64)
         note = f"{mean.sum():.0%} on patches"
-        panels.append(_map(stretch(mean, 0, mean.max().item()), "magma", "mean attention of CLS", note))
+        panels.append(map_panel(stretch(mean, 0, mean.max().item()), "magma", "mean attention of CLS", note))
     return panels
 
 
