@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from hf_regvit.app.exploration import Explorer, InputImage
 from hf_regvit.data.builtin import builtin_images
 from hf_regvit.diagnosis.diagnose import diagnose
 from hf_regvit.diagnosis.register_neurons import add_test_time_registers, find_register_neurons
 from hf_regvit.figures.maps import (
+    attention_limits,
     before_after_figure,
     layer_norm_figure,
     lost_figure,
@@ -37,8 +38,9 @@ WIDEST = 1400  # pixels
 
 
 def keep(path: Path) -> None:
-    """Reduce the number of pixels if necessary; all colors stay."""
+    """Cut off the white border, and reduce the number of pixels if necessary; all colors stay."""
     image = Image.open(path).convert("RGB")
+    image = ImageOps.expand(image.crop(ImageOps.invert(image).getbbox()), border=8, fill="white")
     for width in (min(image.width, WIDEST), 1100, 900, 700):
         smaller = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
         smaller.save(path, optimize=True)
@@ -69,6 +71,25 @@ def overviews(explorer: Explorer, name: str, names: list[str], out: Path, *, sid
         save_figure(overview_figure(view.image, view.maps()), parts[-1])
     stack(parts, out)
     keep(out)
+
+
+def register_figure(explorer: Explorer, names: list[str], *, side: int) -> Figure:
+    """Draw the attention of CLS and of each register, one row per image, large enough for a page of text."""
+    figure = Figure(figsize=(9, 2.3), dpi=150)
+    grid = figure.subplots(len(names), 6, gridspec_kw={"wspace": 0.05, "hspace": 0.05})
+    figure.subplots_adjust(0.005, 0.01, 0.995, 0.9)
+    for row, name in zip(grid, names, strict=True):
+        view = explorer.view(InputImage.of(builtin_images()[name], name), "registers", side=side)
+        row[0].imshow(view.image)
+        for axis, values in zip(row[1:], view.maps().attention, strict=True):
+            low, high = attention_limits(values)
+            extent = (0, view.image.width, view.image.height, 0)
+            axis.imshow(values, cmap="magma", vmin=low, vmax=high, interpolation="bicubic", extent=extent)
+        for axis in row:
+            axis.axis("off")
+    for axis, title in zip(grid[0], ["image", "CLS", *(f"register {i}" for i in range(1, 5))], strict=True):
+        axis.set_title(title, fontsize=11)
+    return figure
 
 
 def before_after(folder: str, names: list[str], out: Path) -> None:
@@ -107,7 +128,7 @@ def token_figure() -> Figure:
 
 
 def demo_screenshot(models: dict[str, TokenReader], out: Path, *, compare: str | None = None) -> None:
-    """Take a screenshot of the demo page; for two models, of their maps only."""
+    """Take a screenshot of the demo page; for two models, of their maps of the whole image only."""
     from playwright.sync_api import sync_playwright
 
     from hf_regvit.app.demo import build_app, launch_options
@@ -123,7 +144,8 @@ def demo_screenshot(models: dict[str, TokenReader], out: Path, *, compare: str |
         if compare is None:
             page.screenshot(path=out)
         else:
-            page.locator(".maps section").last.evaluate("section => section.remove()")  # the registers
+            others = page.locator(".maps section").filter(has_not=page.locator("h2", has_text="Whole image"))
+            others.evaluate_all("sections => sections.forEach(section => section.remove())")
             page.locator(".maps").screenshot(path=out)
         browser.close()
     app.close()
@@ -140,11 +162,13 @@ def main() -> None:
     torch.set_num_threads(1)
     arguments.out_dir.mkdir(parents=True, exist_ok=True)
     models = {Path(arguments.model).name: open_model(arguments.model), "registers": open_model(arguments.registers)}
+    retrofitted = open_model(arguments.retrofitted) if arguments.retrofitted else None
     plain = next(iter(models))
     explorer = Explorer(models)
 
     overviews(explorer, plain, ["china", "chelsea", "flower"], arguments.out_dir / "artifacts.png", side=224)
-    overviews(explorer, "registers", ["china", "flower"], arguments.out_dir / "registers.png", side=192)
+    save_figure(register_figure(explorer, ["china", "flower"], side=192), arguments.out_dir / "registers.png")
+    keep(arguments.out_dir / "registers.png")
 
     before_after(arguments.model, ["china", "chelsea", "flower"], arguments.out_dir / "test_time_registers.png")
 
@@ -161,8 +185,8 @@ def main() -> None:
     keep(arguments.out_dir / "tokens.png")
     if shutil.which("chromium"):
         demo_screenshot({plain: models[plain]}, arguments.out_dir / "demo.png")
-        if arguments.retrofitted:
-            both = {plain: models[plain], "with_registers": open_model(arguments.retrofitted)}
+        if retrofitted:
+            both = {plain: models[plain], "with_registers": retrofitted}
             demo_screenshot(both, arguments.out_dir / "demo_before_after.png", compare="with_registers")
 
 
