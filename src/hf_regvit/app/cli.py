@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_regvit_cli import COMMANDS, main
@@ -197,6 +198,7 @@ def _evaluate(arguments: Any) -> Outcome:
     from ..evaluation.report import EvaluationTable
     from ..evaluation.run import compare_backbones
     from ..figures.evaluation_page import write_evaluation
+    from ..hub.bundle import read_object
     from ..hub.exported_reader import open_exported
 
     def keep(table: EvaluationTable) -> None:  # called after each model, so a later failure loses no earlier result
@@ -210,7 +212,11 @@ def _evaluate(arguments: Any) -> Outcome:
     lost = ["\n  ".join([one.model, *one.lost.lines(one.seed)]) + "\n" for one in table.reports if one.lost]
     path = {"report": f"{arguments.output_dir}/report.json", "page": f"{arguments.output_dir}/report.html"}
     result = path | {"results": [report.summary() for report in table.reports]}
-    return Outcome(result, "\n".join([table.markdown(), *lost]), path)
+    last = arguments.model[-1]  # a model on the Hub is published already
+    following = ("publish", "--model", last, "--license", "ID", "--reports", arguments.output_dir)
+    config = read_object(Path(last, "config.json")) or {}
+    known = config.get("model_type") == "regvit" and Path(last, "model.safetensors").is_file()
+    return Outcome(result, "\n".join([table.markdown(), *lost]), path, following=following if known else ())
 
 
 def _publish(arguments: Any) -> Outcome:

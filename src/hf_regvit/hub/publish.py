@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from ..models.saving import num_bytes, remove_leftovers, whole_folder
 from ..models.tokens import TokenReader
 from .adapter import bundle_adapter, is_adapter
 from .bundle import SHARD_SIZE, Bundle, bundle, option_hashes, read_bundle, read_object
+from .card import card_header
 from .facts import ANY_FOLDER, Json, is_hub_id
 from .scan import doubtful_content
 from .upload import PushResult, RetryPolicy, send_folder
@@ -60,7 +62,7 @@ class Publication:
             verified = {"verified": f"{text}{done.largest_difference:.1g} over {len(done.compared)} outputs"}
             verified |= {f"pipeline not tested, {task}": reason for task, reason in done.not_run.items()}
         files = f"{self.bundle.folder}: {len(self.bundle.names)} files, {size:.1f} MiB"
-        return {"bundle": files, **verified, "upload": upload}
+        return {"bundle": files, **verified, **_open_points(self.bundle.folder / "README.md"), "upload": upload}
 
 
 def publish(
@@ -160,6 +162,17 @@ def _as_folder(model: TokenReader | nn.Module | str | Path) -> Iterator[Path]:
             reader.model.save_pretrained(staged)
             reader.processor.save_pretrained(staged)
         yield Path(folder)
+
+
+def _open_points(card: Path) -> dict[str, str]:
+    """Return what a card leaves open and only its author can say, as lines for a terminal."""
+    text, found = card.read_text(encoding="utf-8"), {}
+    if unstated := re.findall(r"^\| (.+) \| not stated \|$", text, flags=re.MULTILINE):
+        found["license not stated"] = f"{', '.join(unstated)}; see --base_model_license and --data_license"
+    base = re.search(r"The base model is `(.+?)`", text)
+    if base and "base_model" not in card_header(text):
+        found["base model"] = f"'{base[1]}' is not on the Hub under this name; give its id with --base_model"
+    return found
 
 
 def _check_same_options(output: Path, wanted: Mapping[str, str]) -> None:
