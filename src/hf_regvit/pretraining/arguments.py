@@ -43,7 +43,7 @@ class PretrainingArguments(LoraArguments):
     streaming: bool = option(False, "Read parquet, tar or Hub data in order, without a copy; requires max_steps.")
     global_crop_size: int = option(224, "Side of the global crops in pixels, a multiple of patch_size. Official: 224.")
     local_crop_size: int = option(96, "Side of the local crops in pixels. Official: 96 (98 for patch size 14).")
-    num_local_crops: int = option(None, "Number of local crops per image; default: 8, with --teacher 0. Official: 8.")
+    num_local_crops: int = option(None, "Number of local crops per image. Default: 8 (official), or 0 with --teacher.")
     high_resolution_steps: float = option(0.0, "Final steps (or share) with larger crops; 0: none. DINOv2: 10,000.")
     high_resolution_size: int = option(518, "Side of the high-resolution global crops in pixels. DINOv2: 518.")
     high_resolution_local_size: int | None = option(
@@ -70,7 +70,7 @@ class PretrainingArguments(LoraArguments):
     locals_from_globals: bool = option(False, "Cut local crops out of the global ones. DINOv3 only; DINOv2: False.")
     mask_ratio: list[float] = option([0.1, 0.5], "Range of the masked share of a masked crop. Official: 0.1 0.5.")
     mask_probability: float = option(
-        None, "Share of the global crops that are masked; default: 0.5, with --teacher 0. Official: 0.5."
+        None, "Share of the global crops that are masked. Official: 0.5. Default: 0.5, or 0 with --teacher."
     )
 
     evaluation_size: int | None = option(
