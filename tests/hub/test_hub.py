@@ -537,6 +537,16 @@ def test_nothing_is_sent_without_being_asked(hub, checkpoint, tmp_path, monkeypa
     assert 'name = "someone/tiny"' in hub.files("someone/tiny")["README.md"].decode()
 
 
+def test_what_a_card_leaves_open_is_said(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(publishing, "verify", lambda *args, **options: None)
+    local = publish(checkpoint, output_dir=tmp_path / "local", card={**CARD, "base_model": "runs"}).summary()
+    assert "weights of runs" in local["license not stated"]
+    assert local["base model"] == "'runs' is not on the Hub under this name; give its id with --base_model"
+    stated = {"base_model": "google/vit", "base_model_license": "mit", "data_license": "mit"}
+    complete = publish(checkpoint, output_dir=tmp_path / "complete", card={**CARD, **stated}).summary()
+    assert not {"license not stated", "base model"} & set(complete)
+
+
 def test_a_module_and_a_name_are_published_like_a_folder(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(publishing, "verify", lambda *args, **options: None)
     monkeypatch.chdir(tmp_path)

@@ -10,6 +10,7 @@ blocks. Layer i is the output of block i counted from 1, as in a diagnosis. The 
 as in `model.layers`.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ from .register_neurons import (
     silence_neurons,
     with_shared_weights,
 )
+
+logger = logging.getLogger(__name__)
 
 MIN_IMAGES = 32  # 16 for the search, 8 for the choice, 8 for the test
 CHOICE_IMAGES = 64  # at most, because they stay in memory and every candidate reads them
@@ -315,6 +318,7 @@ def retrofit(
     if hasattr(reader.processor, "save_pretrained"):
         made.image_processor = reader.processor
     watch.lap("choice")
+    logger.info("Measuring the model and its controls on %d test images.", parts["judged"].sum())
     batches = _rows(prepared, parts["judged"])
     first = next(batches)
     judged = _measure_on_test_images(search, made, chain([first], batches), seed)
@@ -575,6 +579,7 @@ class _Search:
         self, pairs: list[list[int]], registers: int, populations: Sequence[_Population], masks: Sequence[Tensor]
     ) -> Record:
         """Measure a candidate on the images of the choice, at the layer of the last of the populations."""
+        logger.info("Trying %d neurons with %d registers.", len(pairs), registers)
         candidate, neurons = self._candidate(pairs, registers), populations[-1].neurons
         tally = _Tally(neurons.layer, neurons.cutoff, candidate.description.num_register_tokens)
         for batch, seen, mask in zip(self.pixels, self.before, masks, strict=True):

@@ -80,7 +80,10 @@ def evaluate_backbone(
     reader = open_model(model, device=device)
     common = TaskParts(data, train, **shared)
     parts = {task.name: TaskParts(own[task.name], **shared) if task.name in own else common for task in chosen}
-    scores = [score for task in chosen for score in task.run(reader, parts[task.name], seed=seed)]
+    scores: list[Score] = []
+    for task in chosen:
+        logger.info("%s: %s", name or reader.description.name, task.name)
+        scores += task.run(reader, parts[task.name], seed=seed)
     opened = list(dict.fromkeys(parts.values()))
     return EvaluationReport(
         name or reader.description.name,
