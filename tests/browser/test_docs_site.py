@@ -49,7 +49,7 @@ def address(site):
 @pytest.mark.parametrize(("name", "width", "height"), [("desktop", 1280, 900), ("phone", 390, 844)])
 def test_pages_are_whole_quiet_and_offline(browser, screenshots, address, name, width, height):
     page = browser.new_page(viewport={"width": width, "height": height})
-    messages, requests = [], []
+    messages, requests, num_commands = [], [], 0
     page.on("console", lambda message: messages.append(message.text))
     page.on("pageerror", lambda error: messages.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))
@@ -59,9 +59,11 @@ def test_pages_are_whole_quiet_and_offline(browser, screenshots, address, name, 
         assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{path} scrolls sideways"
         broken = page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)")
         assert broken == [], path
+        num_commands += page.locator(".language-bash code").count()
         cut = "[...document.querySelectorAll('.language-bash code')].filter(e => e.scrollWidth > e.clientWidth)"
         assert page.evaluate(f"{cut}.map(e => e.innerText)") == [], f"long commands of {path} are not wrapped"
         page.screenshot(path=screenshots / f"docs_{path.replace('/', '_')}_{name}.png", full_page=path == "index")
+    assert num_commands >= 10
     assert messages == []
     assert [url for url in requests if not url.startswith((address, "data:", "blob:"))] == []
     page.close()
