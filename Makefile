@@ -39,8 +39,8 @@ $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/installed
 
 # Threads that wait for each other sleep: when other programs use the cores, waiting in a loop takes most of the time.
-demo: $(VENV)/installed ## pretrain a small RegViT and write a page about it, in 3 minutes (DATA=folder for your own images)
-	@echo "About 3 minutes on two idle cores. The libraries take the first seconds."
+demo: $(VENV)/installed ## pretrain a small RegViT and write a page about it, in 2 minutes (DATA=folder for your own images)
+	@echo "About 2 minutes on two idle cores. The libraries take the first seconds."
 	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/python examples/demo.py $(if $(DATA),--data "$(DATA)")
 
 test: $(VENV)/installed-dev ## run the fast tests (about 4 minutes on two cores)
