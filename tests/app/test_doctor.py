@@ -43,7 +43,8 @@ def test_a_self_test_that_fails_is_told(code, said):
     ("found", "bounds", "fits"),
     [("5.23.0", ">=5.15,<6", True), ("5.14.9", ">=5.15,<6", False), ("6.0", ">=5.15,<6", False), ("4", "<=4.0", True),
      ("2.9", ">=2.9.0", True), ("1.0.1", "", True), ("2.10", ">=2.9", True), ("4.0", ">4", False),
-     ("2.15.0+cpu", "==2.15", True)],
+     ("2.15.0+cpu", "==2.15", True), ("0.0.1b1", "==0.0.1b1", True), ("0.0.1b2", "==0.0.1b1", False),
+     ("2.15.0a0+git1", ">=2.15", True), ("2.15.0rc1", ">=2.15.0rc1,<3", True), ("6.0.dev0", "<6", False)],
 )  # fmt: skip
 def test_versions_and_bounds(found, bounds, fits):
     assert doctor._fits(found, bounds) == fits

@@ -119,8 +119,9 @@ def _python() -> Finding:
 
 
 def _fits(found: str, bounds: str) -> bool:
-    """Return whether a version meets bounds such as `>=5.15,<6`. A development build counts as its release."""
-    return SpecifierSet(bounds).contains(Version(found).base_version, prereleases=True)
+    """Return whether a version meets bounds such as `>=5.15,<6`. A development build also counts as its release."""
+    bound = SpecifierSet(bounds)
+    return any(bound.contains(number, prereleases=True) for number in (found, Version(found).base_version))
 
 
 def _packages() -> Finding:
