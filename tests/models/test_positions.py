@@ -312,7 +312,7 @@ def test_exported_with_a_dynamic_batch(kind):
 
 @pytest.mark.parametrize("others", slow_except([{}, INDEX, POOLED], {}))
 def test_rotary_models_are_exported_with_dynamic_sizes(others):
-    model = build(**ROTARY, **others)
+    model = build(**(ROTARY | others))
     sizes = {
         0: torch.export.Dim.DYNAMIC,
         2: 8 * torch.export.Dim("rows", max=64),
