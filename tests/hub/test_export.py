@@ -5,8 +5,10 @@ import importlib.util
 import json
 import logging
 import re
+import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -633,6 +635,25 @@ def test_weights_above_the_limit_of_one_file_are_part_of_the_proof(tmp_path, mon
     for use in (lambda: load_exported(folder), lambda: add_exported(folder, tmp_path / "bundle", model)):
         with pytest.raises(ExportError, match=r"model\.onnx\.data' is not the file that was proved"):
             use()
+
+
+def test_npm_downloads_into_a_folder_whose_path_is_relative(tmp_path, monkeypatch):
+    """A script in place of npm, which like npm reads paths from its own folder and ends with 254 if one is missing."""
+    page = tmp_path / "packed" / "package" / "dist"
+    page.mkdir(parents=True)
+    (page / "ort.js").write_text("ort")
+    with tarfile.open(tmp_path / "packed.tgz", "w:gz") as archive:
+        archive.add(tmp_path / "packed" / "package", "package")
+    npm = tmp_path / "npm"
+    npm.write_text(
+        '#!/bin/sh\nfor word; do case $word in -*|pack|onnx*) ;; *) [ -d "$word" ] || exit 254 ;; esac; done\n'
+        f"cp {shlex.quote(str(tmp_path / 'packed.tgz'))} .\n"
+    )
+    npm.chmod(0o755)
+    monkeypatch.setattr(export_page.shutil, "which", lambda name: str(npm))
+    monkeypatch.chdir(tmp_path)
+    Path("page").mkdir()
+    assert (export_page._download(Path("page")) / "dist" / "ort.js").read_text() == "ort"
 
 
 def test_a_page_without_its_runtime_says_how_to_get_it(tmp_path, monkeypatch):

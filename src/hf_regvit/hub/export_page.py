@@ -60,7 +60,7 @@ def _download(work: Path) -> Path:
     )
     if (npm := shutil.which("npm")) is None:
         raise ExportError(f"A page needs the npm package {PACKAGE}, but npm is not installed. {remedy}")
-    command = [npm, "pack", PACKAGE, "--silent", "--ignore-scripts", "--pack-destination", str(work)]
+    command = [npm, "pack", PACKAGE, "--silent", "--ignore-scripts"]  # into `cwd`
     done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     archives = list(work.glob("*.tgz"))
     if done.returncode or not archives:
