@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
@@ -120,6 +121,15 @@ def test_python_of_the_pages_is_python_and_imports_what_there_is(page):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("hf_regvit"):
                 module = import_module(node.module)
                 assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+def test_badges_say_what_the_package_declares():
+    badges = re.findall(r"<text[^>]*>([^<]+)</text>", text_of(DOCS / "badges.svg"))
+    project = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]
+    (transformers,) = [each for each in project["dependencies"] if each.startswith("transformers>")]
+    oldest = {"python": project["requires-python"], "transformers": transformers.split(",")[0]}
+    stated = {name: f"{bound.split('>=')[1]}+" for name, bound in oldest.items()} | {"license": project["license"]}
+    assert dict(zip(badges[::2], badges[1::2], strict=True)) == stated
 
 
 def test_figures_are_small_used_and_ours():
