@@ -69,7 +69,7 @@ def test_a_release_has_a_readme_whose_links_work_on_an_index():
     assert len(places) >= 3
     assert all((ROOT / place).is_file() for place in places)
     text = release.with_absolute_links(readme, "https://host.example/me/name", "v1")
-    assert re.findall(r"!\[[^\]]*\]\((.+)\)", text)[0].startswith("https://host.example/me/name/raw/v1/docs/figures/")
+    assert re.findall(r"!\[[^\]]*\]\((.+)\)", text)[0].startswith("https://host.example/me/name/raw/v1/docs/")
     assert re.findall(r"\]\((?!https?:)", text) == []
     assert re.sub(r"https://host\.example/me/name/(?:raw|blob)/v1/", "", text) == readme
 
