@@ -449,8 +449,8 @@ def quote(facts: dict[str, str], scores: dict[str, dict[str, float]], found: dic
     measured = (
         f" By the {NEIGHBOURS} nearest of {len(bank):,} training images, its frozen features classify "
         f"{best['trained']} of {len(test)} held-out images correctly ({len(bank.label_names)} {facts['classes']}); "
-        f"the untrained network reaches {best['untrained']}, mean and deviation of the colors {best[SIMPLE[1]]} (the "
-        "better of two distances each)."
+        f"the untrained network reaches {best['untrained']}, raw pixels {best[SIMPLE[0]]}, mean and deviation of the "
+        f"colors {best[SIMPLE[1]]} (the better of two distances each)."
         if scores
         else ""
     )
