@@ -556,6 +556,8 @@ def test_a_module_and_a_name_are_published_like_a_folder(checkpoint, tmp_path, m
     with pytest.raises(ValueError, match="No image processor was given and none is saved"):
         publish(fresh, output_dir=tmp_path / "fresh", card=CARD)
     reader = open_model(fresh, processor=default_image_processor(32))
+    with pytest.raises(CheckpointError, match=r"the transform of a timm model, which cannot be saved"):
+        publish(open_model(fresh, processor=reader.transform), output_dir=tmp_path / "transform", card=CARD)
     for number, model in enumerate((loaded, reader, str(checkpoint))):
         made = publish(model, "someone/tiny", output_dir=tmp_path / f"bundle{number}", card=CARD).bundle
         assert made.files["model.safetensors"] == expected.files["model.safetensors"]

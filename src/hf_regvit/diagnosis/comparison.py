@@ -13,6 +13,7 @@ from torch import nn
 
 from ..evaluation.intervals import paired_difference
 from ..models.loading import distinct_names, open_model
+from ..models.processing import ImageProcessor
 from ..models.results import Record, Result, markdown_table
 from ..models.tokens import TokenReader
 from .diagnose import ImageNumbers, measure
@@ -95,7 +96,7 @@ def compare_checkpoints(
     images: object,
     *,
     throughput_rounds: int = 5,
-    processor: object = None,
+    processor: ImageProcessor | None = None,
     device: str | torch.device = "auto",
     **settings: Any,
 ) -> ComparisonReport:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..data.loading import load_images
 from ..data.preparation import prepare_images
 from ..models.loading import open_model, weights_fingerprint
+from ..models.processing import ImageProcessor
 from ..models.results import Record, Stopwatch, library_versions
 from ..models.tokens import Layers, Site, TokenReader
 from .controls import register_controls
@@ -73,7 +74,7 @@ def diagnose(
     cutoff: float | str = "auto",
     max_images: int = 1000,
     seed: int = 0,
-    processor: object = None,
+    processor: ImageProcessor | None = None,
     device: str | torch.device = "auto",
     batch_size: int = 32,
     detail_images: int = 128,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..data.preparation import prepare_images
 from ..models.loading import open_model
+from ..models.processing import ImageProcessor
 from ..models.results import Record
 from ..models.tokens import TokenReader
 from .readings import check_grid, normalized
@@ -116,7 +117,7 @@ def remove_position(
     max_images: int = 500,
     batch_size: int = 32,
     seed: int = 0,
-    processor: object = None,
+    processor: ImageProcessor | None = None,
     device: str | torch.device = "auto",
 ) -> PositionRemoval:
     """Fit a map that removes what a linear map can read of the position from the patch tokens after the final norm.

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..data.preparation import PreparedImages, prepare_images
 from ..models.loading import open_model
 from ..models.modeling_regvit import RegViTPreTrainedModel
+from ..models.processing import ImageProcessor
 from ..models.tokens import TokenReader, TokenReading
 from .outliers import Cutoff, emergence_layer, find_cutoff, reported_layer
 from .readings import check_grid, token_norms
@@ -67,7 +68,7 @@ def find_register_neurons(
     *,
     cutoff: float | str = "auto",
     max_images: int = 500,
-    processor: object = None,
+    processor: ImageProcessor | None = None,
     device: str | torch.device = "auto",
     batch_size: int = 32,
     seed: int = 0,

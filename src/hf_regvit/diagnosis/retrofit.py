@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.preparation import PreparedImages, prepare_images
 from ..models.loading import choose_device, open_model, open_regvit, short_names
 from ..models.manifest import whole_checkpoint
-from ..models.processing import EvaluationTransform, known_processor
+from ..models.processing import EvaluationTransform, ImageProcessor, known_processor
 from ..models.results import Record, Result, Stopwatch, markdown_table
 from ..models.saving import check_space, keeping, num_bytes
 from ..models.tokens import TokenReader
@@ -229,7 +230,7 @@ class RetrofitResult:
         needed = num_bytes(self.model.state_dict().values())
         with keeping(self.summary), whole_checkpoint(folder, needed=needed) as staged:
             self.model.save_pretrained(staged)
-            if (processor := known_processor(self.model)) is not None:
+            if isinstance(processor := known_processor(self.model), BaseImageProcessor):
                 processor.save_pretrained(staged)
             self.report.save(staged)
         return Path(folder)
@@ -246,7 +247,7 @@ def retrofit(
     image_sizes: Sequence[int] = (),
     cutoff: float | str = "auto",
     max_images: int = 500,
-    processor: object = None,
+    processor: ImageProcessor | None = None,
     batch_size: int = 32,
     seed: int = 0,
     device: str | torch.device = "auto",
@@ -315,7 +316,7 @@ def retrofit(
     tried, registers = search.choose_registers()
     source: Any = reader.model
     made = add_test_time_registers(source, search.pairs, num_register_tokens=registers)
-    if hasattr(reader.processor, "save_pretrained"):
+    if isinstance(reader.processor, BaseImageProcessor):
         made.image_processor = reader.processor
     watch.lap("choice")
     logger.info("Measuring the model and its controls on %d test images.", parts["judged"].sum())
@@ -366,7 +367,9 @@ def _check_new(folder: str | Path | None) -> None:
         raise FileExistsError(f"'{folder}' already contains a checkpoint. Choose another folder or delete it.")
 
 
-def _open(model: TokenReader | nn.Module | str | Path, device: str | torch.device, processor: object) -> TokenReader:
+def _open(
+    model: TokenReader | nn.Module | str | Path, device: str | torch.device, processor: ImageProcessor | None
+) -> TokenReader:
     """Open a model as a RegViT without test-time registers."""
     if isinstance(model, TokenReader):
         processor = model.processor if processor is None else processor

@@ -16,6 +16,7 @@ from ..data.loading import load_images
 from ..data.preparation import prepare_images
 from ..evaluation.linear import ridge_regression, softmax_regression
 from ..models.loading import open_model
+from ..models.processing import ImageProcessor
 from ..models.results import Record
 from ..models.tokens import TokenReader
 from .readings import check_grid, labels_of, normalized
@@ -124,7 +125,7 @@ def token_probes(
     max_images: int = 1000,
     num_seeds: int = 3,
     seed: int = 0,
-    processor: object = None,
+    processor: ImageProcessor | None = None,
     batch_size: int = 32,
     max_tokens: int = 16384,
 ) -> TokenProbeReport:

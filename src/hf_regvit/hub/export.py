@@ -225,7 +225,7 @@ def _prepare(
     processor = model.processor if isinstance(model, TokenReader) else known_processor(opened)
     if processor is None:
         raise unknown_processor(opened)
-    if not hasattr(processor, "to_dict"):
+    if isinstance(processor, EvaluationTransform):
         raise ExportError(f"The image processor is a {type(processor).__name__}, which cannot be saved. Convert it.")
     _, *own = EvaluationTransform.for_model(opened, processor)(Image.new("RGB", (320, 240))).shape
     config = opened.config

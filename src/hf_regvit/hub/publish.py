@@ -15,7 +15,7 @@ from torch import nn
 from ..models.configuration_regvit import CheckpointError
 from ..models.loading import open_model
 from ..models.modeling_regvit import RegViTPreTrainedModel
-from ..models.processing import unknown_processor
+from ..models.processing import EvaluationTransform, unknown_processor
 from ..models.saving import num_bytes, remove_leftovers, whole_folder
 from ..models.tokens import TokenReader
 from .adapter import bundle_adapter, is_adapter
@@ -157,6 +157,11 @@ def _as_folder(model: TokenReader | nn.Module | str | Path) -> Iterator[Path]:
         raise CheckpointError(f"The model is a {kind}, not a RegViT. Call `hf_regvit.convert(model)` first.")
     if reader.processor is None:
         raise unknown_processor(reader.model)
+    if isinstance(reader.processor, EvaluationTransform):
+        raise CheckpointError(
+            "The image processor is the transform of a timm model, which cannot be saved. Open the model with an "
+            "image processor of transformers: open_model(source, processor=AutoImageProcessor.from_pretrained(...))."
+        )
     with tempfile.TemporaryDirectory() as folder:
         with whole_folder(folder, needed=num_bytes(reader.model.state_dict().values())) as staged:
             reader.model.save_pretrained(staged)

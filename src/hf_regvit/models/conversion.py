@@ -15,7 +15,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ def convert(
     model.eval()
     if verify:
         check_outputs(model, origin)
-    cast(Any, model).image_processor = origin.image_processor(model.config)
+    model.image_processor = origin.image_processor(model.config)
     return model
 
 
@@ -116,7 +116,7 @@ def convert_to_folder(
         raise NotADirectoryError(f"'{output}' is a file, expected a folder. Choose another output_dir.")
     model = convert(source, verify=verify, **config_overrides)
     if processor is not None:
-        cast(Any, model).image_processor = saved_processor(processor)
+        model.image_processor = saved_processor(processor)
     if model.image_processor is None:
         raise UnknownProcessorError(
             f"No image processor is known for '{source}', so the right size, mean and standard deviation are not "

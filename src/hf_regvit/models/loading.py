@@ -29,7 +29,7 @@ from .foreign_weights import (
 )
 from .manifest import check_weights
 from .modeling_regvit import RegViTModel, RegViTPreTrainedModel
-from .processing import known_processor, require_rgb
+from .processing import ImageProcessor, known_processor, require_rgb
 from .tokens import TokenReader
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def open_model(
     *,
     device: str | torch.device = "auto",
     dtype: torch.dtype | None = None,
-    processor: Any = None,
+    processor: ImageProcessor | None = None,
 ) -> TokenReader:
     """Open a model and return its reader.
 
@@ -118,7 +118,7 @@ def open_model(
 
 
 def embed(
-    model: "TokenReader | nn.Module | str | Path", images: Any, *, normalize: bool = False, batch_size: int = 32
+    model: "TokenReader | nn.Module | str | Path", images: object, *, normalize: bool = False, batch_size: int = 32
 ) -> np.ndarray:
     """Return one vector per image, (n, D) float32, of a model given in any way; see `TokenReader.embed`."""
     return open_model(model).embed(images, normalize=normalize, batch_size=batch_size)

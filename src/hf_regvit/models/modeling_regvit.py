@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -659,7 +660,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
     # and fails if one is nested in the other.
     _input_embed_layer = "embeddings"
     _keys_to_ignore_on_load_unexpected = [r"mask_token", r"^(regvit\.)?(pooler|projection)\."]
-    image_processor = None  # set by `convert`: the processor of the source, which is saved with the model
+    image_processor: Any = None  # set by `convert`: the processor of the source, which is saved with the model
 
     def __init__(self, config: RegViTConfig, *args, **kwargs):
         config.validate_architecture()  # again, since from_pretrained applies overrides after the config's own check

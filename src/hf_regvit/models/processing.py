@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.decoding import open_image
 from .families import FAMILIES, describe_model, find_tower
 
 if TYPE_CHECKING:
-    from transformers import BitImageProcessor
+    from transformers import BitImageProcessor, DPTImageProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ _IMAGES = (
 )
 
 
-def open_images(images: Any) -> Iterator[Image.Image]:
+def open_images(images: object) -> Iterator[Image.Image]:
     """Yield upright RGB images one at a time, from one image or a sequence of images.
 
     Args:
@@ -61,7 +62,7 @@ def open_images(images: Any) -> Iterator[Image.Image]:
         yield _open_one(images[index], index)
 
 
-def _open_one(image: Any, index: int) -> Image.Image:
+def _open_one(image: object, index: int) -> Image.Image:
     image = getattr(image, "image", image)
     if isinstance(image, str | Path):
         if Path(image).is_dir():
@@ -132,7 +133,7 @@ class EvaluationTransform:
     def for_model(
         cls,
         model: nn.Module,
-        processor: Any = None,
+        processor: "ImageProcessor | None" = None,
         *,
         image_size: int | None = None,
         keep_aspect: bool = False,
@@ -158,12 +159,7 @@ class EvaluationTransform:
         description = describe_model(model)
         if processor is None and (processor := known_processor(model)) is None:
             raise unknown_processor(model)
-        if isinstance(processor, EvaluationTransform):
-            mean, std = processor.mean, processor.std
-        elif not getattr(processor, "do_normalize", True):  # its statistics are unused and may be None
-            mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        else:
-            mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+        mean, std = statistics_of(processor)
         if keep_aspect:
             side = image_size or min(description.image_size)
             apply: Callable = partial(_whole_image, side=side, patch=description.patch_size, mean=mean, std=std)
@@ -174,6 +170,19 @@ class EvaluationTransform:
         if isinstance(processor, EvaluationTransform):
             return processor
         return cls(partial(_process, processor), mean, std, processor.to_json_string())
+
+
+ImageProcessor = BaseImageProcessor | EvaluationTransform  # of transformers, or the transform of a timm model
+
+
+def statistics_of(processor: ImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and standard deviation per channel that a processor normalizes pixels in [0, 1] with."""
+    if isinstance(processor, EvaluationTransform):
+        return processor.mean, processor.std
+    fields: Any = processor  # its base class does not declare them
+    if not getattr(fields, "do_normalize", True):  # the statistics are unused and may be None
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return tuple(fields.image_mean), tuple(fields.image_std)
 
 
 def require_rgb(model: nn.Module) -> None:
@@ -192,7 +201,7 @@ def require_rgb(model: nn.Module) -> None:
         )
 
 
-def _process(processor: Any, image: Image.Image) -> torch.Tensor:
+def _process(processor: BaseImageProcessor, image: Image.Image) -> torch.Tensor:
     pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
     if pixel_values.ndim != 4 or len(pixel_values) != 1:
         raise ValueError(
@@ -213,7 +222,7 @@ def _whole_image(
     return ((resized - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
-def known_processor(model: nn.Module) -> Any:
+def known_processor(model: nn.Module) -> ImageProcessor | None:
     """Return the image processor that belongs to a model, or None if none is known.
 
     This is its attribute `image_processor`; for timm, the transform of its `pretrained_cfg`; otherwise the processor
@@ -222,10 +231,10 @@ def known_processor(model: nn.Module) -> Any:
     Raises:
         ValueError: The saved processor cannot be read.
     """
-    tower: Any = find_tower(model)[0]
+    tower = find_tower(model)[0]
     for module in (model, tower):
-        if getattr(module, "image_processor", None) is not None:
-            return module.image_processor
+        if (processor := getattr(module, "image_processor", None)) is not None:
+            return processor
     if describe_model(tower).is_timm:
         settings = getattr(tower, "pretrained_cfg", None)
         return _timm_transform(tower, dict(settings)) if settings else None
@@ -235,7 +244,7 @@ def known_processor(model: nn.Module) -> Any:
     return None
 
 
-def saved_processor(source: str | Path) -> Any:
+def saved_processor(source: str | Path) -> BaseImageProcessor | None:
     """Return the image processor of a folder or Hub id, or None if there is none.
 
     Raises:
@@ -287,8 +296,8 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {str(value)[:80]!r}, expected {wanted}")
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def unknown_processor(model: nn.Module) -> UnknownProcessorError:
@@ -313,13 +322,14 @@ def _timm_transform(tower: Any, settings: dict[str, Any]) -> EvaluationTransform
     )
 
 
-def dense_processor(processor: Any, size: tuple[int, int]) -> Any:
+def dense_processor(processor: ImageProcessor, size: tuple[int, int]) -> "DPTImageProcessor":
     """Return a processor that resizes whole images to one size and predictions back to the size of the image.
 
     Mean and standard deviation are taken from `processor`.
     """
     from transformers import DPTImageProcessor
 
+    mean, std = statistics_of(processor)
     return DPTImageProcessor(
         do_resize=True,
         size={"height": size[0], "width": size[1]},
@@ -329,12 +339,12 @@ def dense_processor(processor: Any, size: tuple[int, int]) -> Any:
         do_rescale=True,
         rescale_factor=1 / 255,
         do_normalize=True,
-        image_mean=list(processor.image_mean),
-        image_std=list(processor.image_std),
+        image_mean=list(mean),
+        image_std=list(std),
     )
 
 
-def resized_processor(processor: Any, image_size: int | tuple[int, int]) -> Any:
+def resized_processor(processor: BaseImageProcessor, image_size: int | tuple[int, int]) -> BaseImageProcessor:
     """Return the processor for images of another size, square or not; the margins of a center crop scale along."""
     fields = processor.to_dict()
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size

@@ -34,7 +34,7 @@ from .families import (
     join_registers,
     unwrapped,
 )
-from .processing import EvaluationTransform, known_processor, open_images
+from .processing import EvaluationTransform, ImageProcessor, known_processor, open_images
 
 Site = Literal["residual", "attention", "q", "k", "v", "mlp", "patch_embedding"]
 Layers = Sequence[int] | Literal["all"]
@@ -164,7 +164,7 @@ class TokenReader:
     ```
     """
 
-    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+    def __init__(self, model: nn.Module, processor: ImageProcessor | None = None) -> None:
         self.model: nn.Module = unwrapped(model)
         self.tower, self.family_name = find_tower(self.model)
         self.family = FAMILIES[self.family_name]
@@ -190,7 +190,7 @@ class TokenReader:
         return all(is_softmax_attention(unwrapped(part)) for part in parts)
 
     @cached_property
-    def processor(self) -> Any:
+    def processor(self) -> ImageProcessor | None:
         """Image processor or, for timm, transform; None if none is known."""
         return self._given if self._given is not None else known_processor(self.model)
 
@@ -260,7 +260,7 @@ class TokenReader:
         """Read the tokens of the last block after the final norm; see `read`."""
         return self.read(pixel_values, reduce=lambda tokens, layer: self.final_norm(tokens))
 
-    def embed(self, images: Any, *, normalize: bool = False, batch_size: int = 32) -> np.ndarray:
+    def embed(self, images: object, *, normalize: bool = False, batch_size: int = 32) -> np.ndarray:
         """Return one vector per image, (n, D) float32: CLS after the final norm.
 
         For a model without CLS, it is the mean of the patches after the final norm. `extract_features` and the
@@ -285,7 +285,7 @@ class TokenReader:
         vectors = torch.cat([finite_values(self.read(pixels, reduce=keep)) for pixels in batches])  # (n, D)
         return (nn.functional.normalize(vectors, dim=1) if normalize else vectors).numpy()
 
-    def patch_maps(self, images: Any, *, layer: int = -1, batch_size: int = 32) -> np.ndarray:
+    def patch_maps(self, images: object, *, layer: int = -1, batch_size: int = 32) -> np.ndarray:
         """Return the patches of one block after the final norm, (n, rows, columns, D) float32.
 
         Args:
@@ -305,7 +305,7 @@ class TokenReader:
         return torch.cat(maps).numpy()
 
     def attention_maps(
-        self, images: Any, *, query: Query = "cls", layer: int = -1, batch_size: int = 32
+        self, images: object, *, query: Query = "cls", layer: int = -1, batch_size: int = 32
     ) -> np.ndarray:
         """Return the attention of one token to all patches, (n, heads, rows, columns) float32.
 
@@ -351,7 +351,7 @@ class TokenReader:
         return first[kind] + (place[0] * grid[1] + place[1] if kind == "patch" else place[0])
 
     def batches(
-        self, images: Any, batch_size: int, *, one_size: bool = False, image_size: int | None = None
+        self, images: object, batch_size: int, *, one_size: bool = False, image_size: int | None = None
     ) -> Iterator[torch.Tensor]:
         """Yield pixels (b, 3, H, W) in the order of the images; a change of size starts a new batch."""
         if batch_size < 1:
