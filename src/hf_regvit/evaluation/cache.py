@@ -21,6 +21,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..data.decoding import BadImageError
 from ..data.preparation import SkippedImage, prepare_images, report_skipped
@@ -141,23 +142,6 @@ def read_features(
         if path.is_file() and (cached := _load(path)) is not None:
             return cached
     started = time.perf_counter()
-    features = _read(reader, source, transform, layers, batch_size, label)
-    features = replace(features, seconds=time.perf_counter() - started)
-    if path is not None:
-        _save(features, path)
-    return features
-
-
-def _read(
-    reader: TokenReader,
-    source: ImageSource,
-    transform: EvaluationTransform,
-    layers: tuple[int, ...],
-    batch_size: int,
-    label: str | None,
-) -> FrozenFeatures:
-    from tqdm.auto import tqdm
-
     prepared = prepare_images(source, transform, batch_size=batch_size)
     ids: list[str] = []
     read: list[tuple[Tensor, Tensor]] = []
@@ -169,7 +153,11 @@ def _read(
     report_skipped(len(ids), prepared.skipped, source.name)
     vectors, means = (torch.cat(parts) for parts in zip(*read))
     kind = "CLS" if reader.description.has_cls else "mean patch"
-    return FrozenFeatures(vectors, means, layers, kind, tuple(ids), tuple(prepared.skipped), 0.0)
+    seconds = time.perf_counter() - started
+    features = FrozenFeatures(vectors, means, layers, kind, tuple(ids), tuple(prepared.skipped), seconds)
+    if path is not None:
+        _save(features, path)
+    return features
 
 
 def read_vectors(reader: TokenReader, pixel_values: Tensor, layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -132,9 +132,8 @@ def read_views(
 ) -> TokenReading:
     """Read blocks of several views, with the final norm unless it is switched off; see `read_sites_of_views`."""
     norm = reader.final_norm if final_norm else None
-    return read_sites_of_views(reader, pixel_values, {"residual": layers}, views=views, grid=grid, norm=norm)[
-        "residual"
-    ]
+    sites: dict[Site, Sequence[int]] = {"residual": layers}
+    return read_sites_of_views(reader, pixel_values, sites, views=views, grid=grid, norm=norm)["residual"]
 
 
 def read_sites_of_views(
@@ -183,14 +182,17 @@ def read_sites_of_views(
     return {site: replace(one, values=tuple(total[site]), grid=grid or one.grid) for site, one in readings.items()}
 
 
-def pooled_grid(reader: TokenReader, pixel_values: Tensor, image_size: int | None, pool: bool) -> Any:
+def pooled_grid(
+    reader: TokenReader, pixel_values: Tensor, image_size: int | None, pool: bool
+) -> tuple[int, int] | None:
     """Return the grid of the image at the model's own size, or None if nothing is pooled."""
     d = reader.description
     if not pool or image_size is None or image_size <= min(d.image_size):
         return None
     scale = min(d.image_size) / image_size
     sides = zip(pixel_values.shape[-2:], d.patch_size)
-    return tuple(max(1, round(side // step * scale)) for side, step in sides)
+    rows, columns = (max(1, round(side // step * scale)) for side, step in sides)
+    return rows, columns
 
 
 def patch_maps(
@@ -329,7 +331,7 @@ def read_dense_features(
         maps = torch.cat([reading.patches(layer) for layer in blocks], dim=-1)  # (B, N, F)
         kept[side].extend(maps.unflatten(1, reading.grid).unbind(0))
         if reading.has_cls:
-            kept_cls[side].append(torch.cat([reading.cls(layer) for layer in blocks], dim=-1))  # type: ignore[misc]
+            kept_cls[side].append(torch.cat([reading.at(layer)[:, 0] for layer in blocks], dim=-1))
 
     for names, pixel_values in prepared:
         ids.extend(names)
@@ -472,29 +474,33 @@ def choose_features(
         raise ValueError(f"{count} test images with a map are too few to choose and to compare. Use at least 4.")
     order = np.random.default_rng(seed).permutation(count)
     choice, judged = order[: count // 2], order[count // 2 :]
-    statistic = STATISTICS["mean_iou" if test.kind == "masks" else "mean"]
-    sign = 1 if test.kind == "masks" else -1
+    if test.kind == "masks":
+        task, metric, sign, statistic = "segmentation", "mean_iou", 1, STATISTICS["mean_iou"]
+    else:
+        task, metric, sign, statistic = "depth", "rmse", -1, STATISTICS["mean"]
     for candidate, found in zip(candidates, rows):
         candidate |= {"choice": statistic(found[choice]), "test": statistic(found[judged])}
     chosen = max(range(len(rows)), key=lambda index: sign * candidates[index]["choice"])
     difference, interval = paired_difference(rows[0][judged], rows[chosen][judged], seed=seed, statistic=statistic)
     values = {one.name: candidates[chosen][one.name] for one in fields(FeatureSettings)}
-    task, metric = ("segmentation", "mean_iou") if test.kind == "masks" else ("depth", "rmse")
-    settings, counts = (
-        FeatureSettings(**values | {"model": model_sizes(reader)}),
-        (len(train), len(choice), len(judged)),
-    )
+    settings = FeatureSettings(**values | {"model": model_sizes(reader)})
+    counts = len(train), len(choice), len(judged)
     return FeatureChoice(task, metric, settings, tuple(candidates), chosen, difference, interval, counts, seed)
 
 
 def probe_rows(
-    reader: TokenReader, train: DenseSource, test: DenseSource, blocks: Sequence[int], *how: Any
+    reader: TokenReader,
+    train: DenseSource,
+    test: DenseSource,
+    blocks: Sequence[int],
+    settings: FeatureSettings,
+    batch_size: int,
 ) -> tuple[dict[int, np.ndarray], float]:
     """Fit a ridge probe per block on the training images; return its rows on the test images and seconds per image."""
     width, num_classes = reader.description.hidden_size, len(train.class_names) if train.kind == "masks" else 1
-    metric: Any = MeanIoU(num_classes=num_classes) if train.kind == "masks" else DepthErrors()
+    metric = MeanIoU(num_classes=num_classes) if train.kind == "masks" else DepthErrors()
     sums = {block: torch.zeros(width + 1, width + 1 + num_classes, dtype=torch.float64) for block in blocks}
-    for reading, target, index in _readings(reader, train, blocks, *how):
+    for reading, target, index in _readings(reader, train, blocks, settings, batch_size):
         cells, weights = _cell_targets(target, num_classes, reading.grid, is_mask=train.kind == "masks")
         for block in blocks:
             tokens = reading.patches(block)[index].double()
@@ -503,7 +509,7 @@ def probe_rows(
     probes = {block: _ridge(total) for block, total in sums.items()}
     found: dict[int, list[np.ndarray]] = {block: [] for block in blocks}
     started, probing = time.perf_counter(), 0.0
-    for reading, target, index in _readings(reader, test, blocks, *how):
+    for reading, target, index in _readings(reader, test, blocks, settings, batch_size):
         before = time.perf_counter()
         for block, (weight, bias) in probes.items():
             scores = (reading.patches(block)[index].double() @ weight + bias).T.unflatten(1, reading.grid)[None]

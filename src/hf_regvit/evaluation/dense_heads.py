@@ -218,15 +218,20 @@ def linear_segmentation(
             rows.append(metric.reduce([logits[0].argmax(0)], [truth]))
     values = np.concatenate(rows)
     found = metric.result(values)
-    scores = {"mean_iou": found["mean_iou"], "mean_accuracy": found["mean_accuracy"],
-              "overall_accuracy": found["overall_accuracy"]}  # fmt: skip
+    scores = {name: found[name] for name in ("mean_iou", "mean_accuracy", "overall_accuracy")}
     classes = zip(class_names, found["per_category_iou"])
     return LinearResult(
         scores=scores | {f"iou_{name}": iou for name, iou in classes if not math.isnan(iou)},
         rows=values,
         protocol="linear segmentation: " + _protocol(train, settings) + "; mIoU at the size of the mask",
-        head={name: value.detach().clone() for name, value in head.state_dict().items()},
-        **_facts(train, test, settings, seed, train_loss, started),
+        head=dict(head.state_dict()),
+        ids=test.ids,
+        num_train=len(train),
+        layers=train.layers,
+        settings=settings,
+        seed=seed,
+        train_loss=train_loss,
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -240,7 +245,7 @@ def _segmentation_head(width: int, num_classes: int, seed: int) -> nn.Module:
 
 def _checked_mask(mask: np.ndarray | Tensor, num_classes: int, name: str) -> Tensor:
     """Return the mask as (H, W) int64 on the CPU, or raise an error that names the image and the value."""
-    values = torch.as_tensor(np.asarray(mask) if not isinstance(mask, Tensor) else mask).cpu()
+    values = torch.as_tensor(mask).cpu()
     if values.ndim != 2 or values.is_floating_point():
         raise ValueError(
             f"The mask of '{name}' has shape {tuple(values.shape)} and type {values.dtype}. Give (H, W) integer class "
@@ -331,8 +336,14 @@ def linear_depth(
         scores=metric.result(values),
         rows=values,
         protocol="linear depth: " + _protocol(train, settings) + _depth_protocol(settings, train),
-        head={f"classifier.{name}": value.detach().clone() for name, value in head.state_dict().items()},
-        **_facts(train, test, settings, seed, train_loss, started),
+        head=dict(head.state_dict(prefix="classifier.")),
+        ids=test.ids,
+        num_train=len(train),
+        layers=train.layers,
+        settings=settings,
+        seed=seed,
+        train_loss=train_loss,
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -372,7 +383,7 @@ def _predict_depth(
 
 def _checked_depth(depth: np.ndarray | Tensor, settings: DepthSettings, name: str) -> Tensor:
     """Return (H, W) float32 meters, 0 where nothing is measured."""
-    values = torch.as_tensor(np.asarray(depth) if not isinstance(depth, Tensor) else depth).cpu().float()
+    values = torch.as_tensor(depth).cpu().float()
     if values.ndim != 2:
         raise ValueError(f"The depth of '{name}' has shape {tuple(values.shape)}. Give one (H, W) map in meters.")
     values = torch.where(
@@ -425,9 +436,10 @@ def _fit(
         chosen, queue = queue[:batch_size], queue[batch_size:]
         by_grid: dict[tuple[int, ...], _Pairs] = {}
         for index, draw in zip(chosen, flips.random(len(chosen))):
-            flip = draw < settings.flip_probability and features.flipped is not None
-            tokens = tokens_of(features.flipped if flip else features, index)  # type: ignore[arg-type]  # not None
-            truth = targets[index].flip(-1) if flip else targets[index]
+            seen, truth = features, targets[index]
+            if features.flipped is not None and draw < settings.flip_probability:
+                seen, truth = features.flipped, truth.flip(-1)
+            tokens = tokens_of(seen, index)
             by_grid.setdefault(tuple(tokens.shape[:2]), []).append((tokens, truth))
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * schedule(step, settings.num_steps, settings.warmup_ratio)
@@ -460,25 +472,6 @@ def _outputs(head: nn.Module, by_grid: dict[tuple[int, ...], _Pairs]) -> _Pairs:
 def _map_of(head: nn.Module, tokens: Tensor) -> Tensor:
     """Return the outputs of a head for one map (rows, columns, F) as (1, C, rows, columns)."""
     return head(tokens.flatten(0, 1)).T.unflatten(1, tokens.shape[:2])[None]
-
-
-def _facts(
-    train: DenseFeatures,
-    test: DenseFeatures,
-    settings: SegmentationSettings,
-    seed: int,
-    train_loss: float,
-    started: float,
-) -> Record:
-    return {
-        "ids": test.ids,
-        "num_train": len(train),
-        "layers": train.layers,
-        "settings": settings,
-        "seed": seed,
-        "train_loss": train_loss,
-        "seconds": time.perf_counter() - started,
-    }
 
 
 def _resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:

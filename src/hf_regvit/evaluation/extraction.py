@@ -14,13 +14,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from tqdm import tqdm
 
 from ..data.preparation import PreparedImages, SkippedImage, prepare_images, report_skipped
 from ..models.configuration_regvit import check_weight_files, shard_of
@@ -86,7 +86,7 @@ class TokenFeatures:
         path = Path(path)
         if path.is_dir():
             skipped = [SkippedImage(*pair) for shard in _read_index(path)["shards"] for pair in shard["skipped"]]
-            return replace(_join(list(iterate_shards(path))), skipped=tuple(skipped))
+            return _join(list(iterate_shards(path)), skipped)
         try:
             check_weight_files(path)
             notes, tensors = _read_notes(path), load_file(path)
@@ -139,19 +139,17 @@ def _read_notes(path: Path) -> Record:
         raise ValueError(f"'{path}' contains no token features ({error}). Delete it and extract again.") from error
 
 
-def _join(parts: Sequence[TokenFeatures]) -> TokenFeatures:
+def _join(parts: Sequence[TokenFeatures], skipped: Sequence[SkippedImage]) -> TokenFeatures:
     """Concatenate several parts."""
-    skipped = tuple(image for part in parts for image in part.skipped)
-    used = [part for part in parts if len(part)] or list(parts)
-    _check_grids({part.grid for part in used})
-    cls = [part.cls for part in used if part.cls is not None]
+    _check_grids({part.grid for part in parts})
+    cls = [part.cls for part in parts if part.cls is not None]
     return TokenFeatures(
         cls=torch.cat(cls) if cls else None,
-        registers=torch.cat([part.registers for part in used]),
-        patches=torch.cat([part.patches for part in used]),
-        grid=used[0].grid,
-        ids=tuple(name for part in used for name in part.ids),
-        skipped=skipped,
+        registers=torch.cat([part.registers for part in parts]),
+        patches=torch.cat([part.patches for part in parts]),
+        grid=parts[0].grid,
+        ids=tuple(name for part in parts for name in part.ids),
+        skipped=tuple(skipped),
     )
 
 
@@ -212,7 +210,7 @@ class ExtractionSettings:
         return output_dir if self.format == "safetensors" else output_dir / "parquet"
 
 
-def _read(reader: TokenReader, images: PreparedImages, settings: ExtractionSettings, bar: Any) -> TokenFeatures:
+def _read(reader: TokenReader, images: PreparedImages, settings: ExtractionSettings, bar: tqdm) -> TokenFeatures:
     """Read the features of all images of a part in order; there may be none."""
     dense, dtype = settings.dense or FeatureSettings(), _DTYPES[settings.dtype]
 
@@ -232,8 +230,9 @@ def _read(reader: TokenReader, images: PreparedImages, settings: ExtractionSetti
     parts, reported = [], 0
     for ids, pixel_values in images.batches():
         grid = pooled_grid(reader, pixel_values, dense.image_size, dense.pool_to_grid)
-        options: dict[str, Any] = {"views": dense.views, "grid": grid, "final_norm": settings.final_norm}
-        reading = read_views(reader, pixel_values, (settings.layer,), **options)
+        reading = read_views(
+            reader, pixel_values, (settings.layer,), views=dense.views, grid=grid, final_norm=settings.final_norm
+        )
         reading = replace(reading, values=(keep(reading.at(), reading.layers[0]),))
         patches = reading.patches()
         if not settings.keeps_patches and settings.format == "safetensors":
@@ -247,7 +246,7 @@ def _read(reader: TokenReader, images: PreparedImages, settings: ExtractionSetti
         none = torch.zeros(0, d.num_register_tokens, d.hidden_size, dtype=dtype)
         cls = torch.zeros(0, d.hidden_size, dtype=dtype) if d.has_cls else None
         parts.append(TokenFeatures(cls, none, none[:, :0], (0, 0), ()))
-    return replace(_join(parts), skipped=tuple(images.skipped))
+    return _join(parts, images.skipped)
 
 
 def extract_features(
@@ -278,17 +277,10 @@ def extract_features(
     """
     reader = open_model(model, device=device)
     prepared = prepare_images(images, reader.transform, batch_size=batch_size)
-    with _progress(prepared.total, show=None) as bar:
+    with tqdm(total=prepared.total, unit=" images", mininterval=0.5, disable=None) as bar:
         features = _read(reader, prepared, ExtractionSettings(layer=layer, final_norm=final_norm), bar)
     report_skipped(len(features), features.skipped, prepared.name)
     return features
-
-
-def _progress(total: int | None, *, show: bool | None) -> Any:
-    """Create a progress bar on stderr; with `show=None`, only on a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit=" images", disable=None if show is None else not show, mininterval=0.5)
 
 
 # --- To files ---
@@ -364,8 +356,8 @@ def extract_to_folder(
 
     start, num_used, num_written, num_shards = time.perf_counter(), 0, 0, 0
     total = _share(prepared.total, settings.shard_size, state.process_index, state.num_processes)
-    show = progress and state.is_main_process
-    with _progress(total, show=show) as bar:
+    hidden = not (progress and state.is_main_process)
+    with tqdm(total=total, unit=" images", mininterval=0.5, disable=hidden) as bar:
         for index, part in enumerate(prepared.parts(settings.shard_size)):
             num_shards += 1
             if index % state.num_processes != state.process_index:

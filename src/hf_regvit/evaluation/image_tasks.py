@@ -24,7 +24,7 @@ _OFFICIAL_SHOTS = (1, 5, 10)
 _QUERIES = 256  # number of retrieval queries ranked at once
 
 
-def option(default: Any, help_text: str, *aliases: str, **metadata: Any) -> Any:
+def option(default: Any, help_text: str, *aliases: str, **metadata: object) -> Any:
     """Return a dataclass field with the help text and other spellings of its command-line option; lists are copied.
 
     Without a default (`dataclasses.MISSING`), the option is required.
@@ -111,7 +111,9 @@ class SelectionSettings(VectorSettings):
 # --- Tasks
 
 
-def _run(task: Any, reader: "TokenReader", parts: "TaskParts", *, seed: int) -> "list[Score]":
+def _run(
+    task: "Knn | Linear | Logistic | FewShot | Retrieval", reader: "TokenReader", parts: "TaskParts", *, seed: int
+) -> "list[Score]":
     """Score everything that `task.measure` yields."""
     train, test = (parts.features(reader, part, task.settings.image_size) for part in ("train", "test"))
     started = time.perf_counter()

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
 
 import numpy as np
 import torch
@@ -310,8 +309,9 @@ def softmax_regression(
         ValueError: There are no features, or not one label per feature.
     """
     x, mean, std = _standardize(features, labels)
-    options: dict[str, Any] = {"num_classes": num_classes, "max_iterations": max_iterations}
-    return replace(next(logistic_path(x, labels, cs=(1 / (l2 * len(x)),), **options)), mean=mean, std=std)
+    cs = (1 / (l2 * len(x)),)
+    fitted = next(logistic_path(x, labels, num_classes=num_classes, cs=cs, max_iterations=max_iterations))
+    return replace(fitted, mean=mean, std=std)
 
 
 def ridge_regression(features: Tensor, targets: Tensor, *, l2: float = 1e-3) -> LinearModel:

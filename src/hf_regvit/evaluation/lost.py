@@ -27,7 +27,7 @@ from ..models.families import ModelDescription
 from ..models.loading import open_model
 from ..models.processing import EvaluationTransform
 from ..models.results import Record
-from ..models.tokens import Site, TokenReader, TokenReading, resolve_layers
+from ..models.tokens import Reduction, Site, TokenReader, TokenReading, resolve_layers
 from .boxes import Box
 from .dense_features import FeatureSettings, pooled_grid, read_sites_of_views, settings_for
 
@@ -456,15 +456,14 @@ def propose(
     words = f"own size up to {max_side} pixels" if side is None else f"shorter side {side}"
     words = f"{words}, zero-padded, mean {statistics.mean}, std {statistics.std}"
     transform = EvaluationTransform(pad, statistics.mean, statistics.std, words)
-    averaged: dict[Site, list[int]] = {
-        site: layers for site, layers in sites.items() if site != "attention" and dense is not None
-    }
+    averaged: dict[Site, list[int]] = {}
+    if dense is not None:
+        averaged = {site: layers for site, layers in sites.items() if site != "attention"}
+    rest = {site: layers for site, layers in sites.items() if site not in averaged}
     for i, (ids, pixels) in enumerate(prepare_images(images, transform, batch_size=1)):
         # Only the row of CLS is kept, because all attention weights of a large image may not fit in memory.
-        rest = {site: layers for site, layers in sites.items() if site not in averaged}
-        readings = (
-            reader.read_many(pixels, rest, reduce={"attention": lambda values, _: values[:, :, :1]}) if rest else {}
-        )
+        row: dict[Site, Reduction] = {"attention": lambda values, _: values[:, :, :1]}
+        readings = reader.read_many(pixels, rest, reduce=row) if rest else {}
         if dense is not None and averaged:
             grid = pooled_grid(reader, pixels, side, dense.pool_to_grid)
             readings |= read_sites_of_views(reader, pixels, averaged, views=dense.views, grid=grid)
@@ -474,7 +473,7 @@ def propose(
         for result in results:
             mask = result.mask if isinstance(result, LostResult) else result
             box = cells_to_pixels(
-                result.cells if isinstance(result, LostResult) else _bounds(result),
+                _bounds(mask),
                 patch_size=(pixels.shape[2] / mask.shape[0], pixels.shape[3] / mask.shape[1]),
                 image_size=(round(height * scale), round(width * scale)),
             )

@@ -58,17 +58,20 @@ class DenseSettings(FeatureFile):
         rate = {} if self.dense_learning_rate is None else {"learning_rate": self.dense_learning_rate}
         return {"num_steps": self.dense_steps, "batch_size": self.dense_batch_size} | rate
 
-    def read(self, reader: "TokenReader", parts: "list[DenseSource]", batch_size: int) -> "list[DenseFeatures]":
-        """Read the patch tokens of the training and the test images."""
+    def read(self, reader: "TokenReader", sources: "list[DenseSource]", parts: "TaskParts") -> "list[DenseFeatures]":
+        """Read the patch tokens of the training and the test images; their time is added to `parts`."""
         from .dense_features import four_blocks, read_dense_features, settings_for
 
         layers = (-1,) if self.num_dense_blocks == 1 else four_blocks(reader.description.num_layers)
-        options: dict[str, Any] = {"layers": layers, "image_size": self.dense_image_size, "batch_size": batch_size}
+        options: dict[str, Any] = {"layers": layers, "image_size": self.dense_image_size}
         if self.dense_settings is not None:
             chosen = settings_for(self.dense_settings, reader, image_size=self.dense_image_size)
             options |= {"layers": (chosen.layer,), "image_size": chosen.image_size}
             options |= {"views": chosen.views, "pool_to_grid": chosen.pool_to_grid}
-        return [read_dense_features(reader, part, **options) for part in parts]
+        batch_size = parts.sampling.batch_size
+        found = [read_dense_features(reader, one, batch_size=batch_size, **options) for one in sources]
+        parts.reading_seconds += sum(one.seconds for one in found)
+        return found
 
 
 @dataclass
@@ -94,12 +97,11 @@ class Segmentation:
         settings = self.settings
         options = {"ignore_values": settings.ignore_values, "reduce_labels": settings.do_reduce_labels}
         train, test = sources = parts.maps("masks", **options)
-        features = settings.read(reader, sources, parts.sampling.batch_size)
+        features = settings.read(reader, sources, parts)
         result = linear_segmentation(
             features[0], train.targets, features[1], test.targets, class_names=train.class_names,
             settings=SegmentationSettings(**settings.head()), seed=seed,
         )  # fmt: skip
-        parts.reading_seconds += sum(part.seconds for part in features)
         return _dense_scores(self.name, {"mean_iou": result.rows}, result, test.name, "mean_iou")
 
 
@@ -125,10 +127,9 @@ class Depth:
 
         settings = self.settings
         train, test = sources = parts.maps("depth", depth_scale=settings.depth_scale, max_depth=settings.max_depth)
-        features = settings.read(reader, sources, parts.sampling.batch_size)
+        features = settings.read(reader, sources, parts)
         head = DepthSettings(max_depth=settings.max_depth, **settings.head())
         result = linear_depth(features[0], train.targets, features[1], test.targets, settings=head, seed=seed)
-        parts.reading_seconds += sum(part.seconds for part in features)
         rows = {name: result.rows[:, [i]] for i, name in enumerate(("rmse", "abs_rel", "delta1"))}
         return _dense_scores(self.name, rows, result, test.name, "mean")
 
@@ -228,8 +229,9 @@ class Lost:
         train, (images, truth) = parts.boxes(column=settings.boxes, box_format=settings.box_format)
         dense = None if settings.dense_settings is None else settings_for(settings.dense_settings, reader)
         candidates = settings.candidates(reader.description.num_layers, None if dense is None else dense.layer)
-        options: dict[str, Any] = {"settings": candidates, "max_side": settings.max_side, "dense": dense, "seed": seed}
-        parts.lost = evaluate_lost(reader, images, truth, train=train, **options)
+        parts.lost = evaluate_lost(
+            reader, images, truth, train=train, settings=candidates, max_side=settings.max_side, dense=dense, seed=seed
+        )
         return [lost_score(parts.lost, parts.name, seed)]
 
 

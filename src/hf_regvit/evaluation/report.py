@@ -78,13 +78,15 @@ class Score:
         rows = np.asarray(rows, dtype=np.float64).reshape(len(rows), -1)
         if len(rows) != len(ids):
             raise ValueError(f"Got {len(rows)} rows for {len(ids)} images. Pass exactly one row per image.")
-        of, value = STATISTICS[statistic], STATISTICS[statistic](rows)
-        certain = what.get("metric") in _COUNTS and value in (0, 1)
+        of = STATISTICS[statistic]
+        value = of(rows)
+        if what.get("metric") in _COUNTS and value in (0, 1):
+            interval = wilson_interval(value, len(ids))
+        else:
+            interval = bootstrap_interval(rows, seed=seed, statistic=of)
         return cls(
             value=value,
-            interval=wilson_interval(value, len(ids))
-            if certain
-            else bootstrap_interval(rows, seed=seed, statistic=of),
+            interval=interval,
             data=Path(data).name,  # reports are published, so local paths must not appear in them
             num_images=len(ids),
             images=fingerprint(ids, digest_size=8),

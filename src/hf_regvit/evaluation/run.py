@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data.maps import DenseSource
-from ..data.parts import Data, Parts, open_parts
+from ..data.parts import Data, Draw, open_parts
 from ..data.source import ImageSource
 from ..models.loading import distinct_names, open_model, weights_fingerprint
-from ..models.results import library_versions
+from ..models.results import Record, library_versions
 from ..models.tokens import TokenReader
 from .boxes import Box
 from .cache import FrozenFeatures, image_digests, read_features
@@ -149,7 +149,7 @@ def score_features(
     Raises:
         ValueError: There are too few images for k or for the shots.
     """
-    parts = TaskParts.of_features(train, test)
+    parts = TaskParts(test.data, _features={("train", None): train, ("test", None): test})
     for task in _tasks(tasks, options):
         yield from task.run(None, parts, seed=seed)  # type: ignore[arg-type]  # nothing is left to read
 
@@ -209,11 +209,6 @@ class TaskParts:
     _features: dict[tuple[str, int | None], LabeledFeatures] = field(default_factory=dict)
     _digests: dict[str, list[bytes]] = field(default_factory=dict)
 
-    @classmethod
-    def of_features(cls, train: LabeledFeatures, test: LabeledFeatures) -> "TaskParts":
-        """Create parts whose features are known."""
-        return cls(test.data, _features={("train", None): train, ("test", None): test})
-
     @property
     def name(self) -> str:
         """Name of the data."""
@@ -265,7 +260,9 @@ class TaskParts:
 
         return None if self.train is None else load(self.train), load(self.data)
 
-    def _open(self, kind: Any, *, draw: Any = "in_order", options: dict[str, object] | None = None) -> list[Any]:
+    def _open(
+        self, kind: Literal["classes", "masks", "depth"], *, draw: Draw = "in_order", options: Record | None = None
+    ) -> list[Any]:
         """Open the training and the test images, and note if the test images were held out."""
         for data in (self.data, self.train):
             if kind != "classes" and isinstance(data, ImageSource) and not isinstance(data, DenseSource):
@@ -273,7 +270,7 @@ class TaskParts:
                     f"The task needs {kind}, but '{data.name}' was given as an ImageSource without. Give its path."
                 )
         count, share = self.sampling.max_images, self.sampling.train_val_split
-        parts: Parts = open_parts(
+        parts = open_parts(
             self.data,
             train=self.train,
             kind=kind,
