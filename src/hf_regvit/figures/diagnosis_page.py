@@ -9,7 +9,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -43,13 +43,6 @@ if TYPE_CHECKING:
 
 # Okabe-Ito colors, which color-blind readers can tell apart. Orange always means outlier, blue normal, green register.
 _OUTLIER, _NORMAL, _REGISTER = "#d55e00", "#0072b2", "#009e73"
-_NAMES = {
-    "mass_on_patches": "attention of CLS to patches",
-    "mass_on_outliers": "attention of CLS to outliers",
-    "mass_on_registers": "attention of CLS to registers",
-    "top_mass": "share of the patch attention on the top 2% of patches",
-    "entropy_share": "entropy relative to uniform attention",
-}
 _NAMES = {"layers": "blocks", "cutoff": "cut-off"}
 _CONTROL_NAMES = {"cls_cosine": "cosine of CLS", "patch_cosine": "cosine of patches", "knn": "5-NN accuracy"}
 
@@ -286,7 +279,7 @@ def _densities(neighbors: Record) -> "Figure":
 # --- Maps
 
 
-def _blocks(report: ArtifactReport) -> list[list[Any]]:
+def _blocks(report: ArtifactReport) -> list[list[object]]:
     """Return the numbers of every block, on which the decision rests, with a head."""
     names = {"layer": "block", "median": "median norm", "max": "largest norm", "cutoff": "cut-off",
              "share": "share above it", "separation": "separation", "bimodal": "two modes"}  # fmt: skip

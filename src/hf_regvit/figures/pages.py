@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import cache
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jinja2
 from markupsafe import Markup
@@ -27,7 +27,7 @@ CHART_COLORS = {"#222222": "currentColor", "#0072b2": "var(--normal)", "#d55e00"
                 "#009e73": "var(--register)"}  # fmt: skip
 
 
-def render(template: str, *, folder: Path = TEMPLATES, **values: Any) -> str:
+def render(template: str, *, folder: Path = TEMPLATES, **values: object) -> str:
     """Return a page or a part of one.
 
     Args:
