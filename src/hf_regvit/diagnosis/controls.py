@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ def _registers_replaced(reader: TokenReader, values: Mapping[int, Tensor]) -> It
     stop = reader.description.num_prefix_tokens
     start = stop - reader.description.num_register_tokens
 
-    def replace(module: nn.Module, args: tuple, output: Any, *, layer: int) -> Any:
+    def replace(module: nn.Module, args: tuple, output: Tensor | tuple, *, layer: int) -> Tensor | tuple:
         tokens = output[0] if isinstance(output, tuple) else output
         own, in_place, _ = vars(module).get(IN_PLACE, (0, 0, False))
         tokens = join_registers(tokens, own)  # (B, T, D)
@@ -34,7 +33,7 @@ def _registers_replaced(reader: TokenReader, values: Mapping[int, Tensor]) -> It
         tokens = part_registers(tokens, own, in_place) if in_place else tokens
         return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
-    blocks: Any = reader.tower.get_submodule(reader.family.blocks)
+    blocks = list(reader.tower.get_submodule(reader.family.blocks).children())
     with ExitStack() as stack:
         for layer in values:
             stack.callback(blocks[layer - 1].register_forward_hook(partial(replace, layer=layer)).remove)
@@ -135,13 +134,13 @@ def _replacement(kind: str, registers: Tensor, layer: int, seed: int) -> Tensor:
     return (mean + noise * registers.float().std(dim=0, keepdim=True, correction=0)).to(registers.dtype)
 
 
-def _knn(tokens: Tensor, labels: Tensor | None, *, k: int = 5, fewest: int = 20) -> float | None:
-    """Return the k-NN accuracy on CLS (first token); even images are classified by odd ones and vice versa."""
+def _knn(tokens: Tensor, labels: Tensor | None) -> float | None:
+    """Return the 5-NN accuracy on CLS (first token); even images are classified by odd ones and vice versa."""
     if labels is None:
         return None
     shared = np.intersect1d(labels[0::2].numpy(), labels[1::2].numpy())
-    if np.isin(labels.numpy(), shared).sum() < fewest:  # a half cannot predict a class that it does not contain
+    if np.isin(labels.numpy(), shared).sum() < 20:  # a half cannot predict a class that it does not contain
         return None
     halves = [(tokens[start::2, 0], labels[start::2]) for start in (0, 1)]
-    right = [knn_accuracy(*bank, *test, k=(k,))[k] * len(test[1]) for bank, test in (halves, halves[::-1])]
+    right = [knn_accuracy(*bank, *test, k=(5,))[5] * len(test[1]) for bank, test in (halves, halves[::-1])]
     return sum(right) / len(labels)

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -227,12 +226,12 @@ class _Case:
 # --- Parts of the report ---
 
 
-def _histogram_edges(norms: Mapping[int, NDArray[np.float32]], bins: int = 80) -> NDArray[np.float64]:
-    """Return logarithmic bin edges that span the norms of all layers."""
+def _histogram_edges(norms: Mapping[int, NDArray[np.float32]]) -> NDArray[np.float64]:
+    """Return the edges of 80 logarithmic bins that span the norms of all layers."""
     low = min(float(np.quantile(values, 0.0001)) for values in norms.values())
     high = max(float(values.max()) for values in norms.values())
     low = max(low, 1e-4 * high, 1e-12)
-    return np.geomspace(low, max(high, 1.001 * low) * 1.001, bins + 1)
+    return np.geomspace(low, max(high, 1.001 * low) * 1.001, 81)
 
 
 def _histogram(values: np.ndarray, edges: NDArray[np.float64]) -> list[int]:
@@ -309,7 +308,7 @@ def _details(case: _Case) -> Record:
     mask = outlier if case.distinct else None
     sinks = SinkReader(reader, [readings.ids[i] for i in readings.kept], outlier.shape[1], mask)
     position = PositionMoments(readings.grid, count, case.seed)
-    parts, ranks = Rows(), Rows()
+    parts, ranks = Rows[str](), Rows[str]()
     sites: dict[Site, Layers] = {"residual": "all", "patch_embedding": (0,)}
     sites |= {"v": "all", "attention": "all"} if reader.reads_attention else {}
     size = min(case.batch_size, sinks.max_batch)
@@ -400,20 +399,20 @@ def _register_record(case: _Case, registers: Tensor) -> Record | None:
     }
 
 
-def _examples(case: _Case, repetition: Array, received: Array | None, count: int = 6) -> list[Record]:
-    """Return a few images as the model received them (JPEG, base64), with maps on the grid.
+def _examples(case: _Case, repetition: Array, received: Array | None) -> list[Record]:
+    """Return six images as the model received them (JPEG, base64), with maps on the grid.
 
     `repetition` and `received` (n, N) are those of the kept images.
     """
     readings, last, grid = case.readings, case.reader.description.num_layers, case.readings.grid
     examples = []
-    for place in np.unique(np.linspace(0, len(readings.kept) - 1, count).astype(int)).tolist():
+    for place in np.unique(np.linspace(0, len(readings.kept) - 1, 6).astype(int)).tolist():
         index = readings.kept[place]
-        registers: Any = []
+        registers: list[list[list[float]]] = []
         if readings.register_norms and case.reader.reads_attention:
             reading = case.reader.read(readings.pixels[place : place + 1], site="attention")
             rows = reading.registers()[0].float().mean(dim=0)[:, reading.num_prefix_tokens :]  # (R, N)
-            registers = rows.cpu().numpy()
+            registers = [_map(row, grid) for row in rows.cpu().numpy()]
         image = BytesIO()
         case.reader.transform.picture(readings.pixels[place]).save(image, format="JPEG", quality=85)
         examples.append(
@@ -425,7 +424,7 @@ def _examples(case: _Case, repetition: Array, received: Array | None, count: int
                 "norms": _map(readings.norms[case.layer][index], grid),
                 "norms_last": _map(readings.norms[last][index], grid) if last in readings.norms else None,
                 "attention_cls": None if readings.attention is None else _map(readings.attention[index], grid),
-                "attention_registers": [_map(row, grid) for row in registers],
+                "attention_registers": registers,
                 "repetition": _map(repetition[place], grid),
                 "received": None if received is None else _map(received[place], grid),
             }
@@ -439,12 +438,13 @@ def _map(values: np.ndarray, grid: tuple[int, int]) -> list[list[float]]:
 
 
 def _model_record(reader: TokenReader, grid: tuple[int, int]) -> Record:
+    config = getattr(reader.tower, "config", None)
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(reader.description).items()} | {
         "parameters": sum(parameter.numel() for parameter in reader.tower.parameters()),
         "gmacs": count_macs(reader, grid[0] * grid[1]) / 1e9,
         "weights": weights_fingerprint(reader.tower),
-        "test_time_registers": bool(getattr(getattr(reader.tower, "config", None), "register_neurons", None)),
-        "register_sizes": getattr(getattr(reader.tower, "config", None), "register_sizes", None),
+        "test_time_registers": bool(getattr(config, "register_neurons", None)),
+        "register_sizes": getattr(config, "register_sizes", None),
     }
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..models.results import Record
 from .report import ArtifactReport
@@ -32,7 +31,7 @@ def findings(report: ArtifactReport) -> list[Finding]:
     if report.spurious is None or report.position is None:
         return []
     return [
-        _tokens(report),
+        _tokens(report, report.spurious),
         _attention(report),
         _purpose(report),
         _birth(report),
@@ -55,8 +54,7 @@ def last_mass(report: ArtifactReport, name: str) -> float | None:
     return sum(map(sum, rows)) / sum(map(len, rows))
 
 
-def _tokens(report: ArtifactReport) -> Finding:
-    found: Any = report.spurious
+def _tokens(report: ArtifactReport, found: Record) -> Finding:
     rows, columns = report.outliers["grid"]
     share = found["per_image"] / (rows * columns)
     norm_only, repetition_only = (found[name] - found["both"] for name in ("outliers", "flagged"))

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.families import IN_PLACE, join_registers, part_registers, unwrapped
+from ..models.families import IN_PLACE, join_registers, part_registers
 from ..models.modeling_regvit import RegViTPreTrainedModel, move_to_registers
 from ..models.saving import read_object, write_json
 from ..models.tokens import TokenReader
-from .register_neurons import RetrofitError
+from .readings import blocks_of
+from .register_neurons import RetrofitError, mlp_output
 from .retrofit import RetrofitReport, RetrofitResult
 
 FILE_NAME = "test_time_registers.json"
@@ -151,7 +152,7 @@ def _neurons_of(neurons: Any) -> tuple[list[list[int]], int]:
 
 
 def _check(reader: TokenReader, made: InPlaceRepair) -> None:
-    description, blocks = reader.description, _blocks(reader)
+    blocks = blocks_of(reader)
     if isinstance(reader.tower, RegViTPreTrainedModel):
         raise RetrofitError(
             "The model is a RegViT. Use add_test_time_registers, which stores the neurons in its config."
@@ -161,57 +162,40 @@ def _check(reader: TokenReader, made: InPlaceRepair) -> None:
     if made.num_register_tokens < 1 or not made.neurons:
         raise RetrofitError(f"Got {made.num_register_tokens} registers and {len(made.neurons)} neurons; need both.")
     for block, neuron in made.neurons:
-        width = _mlp_output(reader, block).weight.shape[1] if 0 <= block < len(blocks) else 0
+        width = mlp_output(reader, block).weight.shape[1] if 0 <= block < len(blocks) else 0
         if not 0 <= neuron < width:
             raise RetrofitError(
-                f"The model has no neuron [{block}, {neuron}]: it has {description.num_layers} blocks, and block "
+                f"The model has no neuron [{block}, {neuron}]: it has {len(blocks)} blocks, and block "
                 f"{block} has {width} neurons. Both are counted from 0. Use neurons that were found in this model."
             )
-
-
-def _blocks(reader: TokenReader) -> list[Any]:
-    return [unwrapped(block) for block in reader.tower.get_submodule(reader.family.blocks).children()]
-
-
-def _mlp_output(reader: TokenReader, block: int) -> Any:
-    """Return the last linear layer of the MLP of a block."""
-    owner = _blocks(reader)[block]
-    found = [dict(owner.named_modules()).get(path) for path in reader.family.mlp_output]
-    layer = next((layer for layer in found if isinstance(layer, nn.Linear)), None)
-    if layer is None:
-        raise RetrofitError(
-            f"Block {block} of this {reader.family_name} model, a {type(owner).__name__}, has no MLP with one "
-            f"ordinary last layer ({' or '.join(reader.family.mlp_output)}), so its neurons cannot be moved."
-        )
-    return layer
 
 
 def _add_registers(reader: TokenReader, made: InPlaceRepair) -> None:
     prefix, count = reader.description.num_prefix_tokens, made.num_register_tokens
     layout = SimpleNamespace(num_test_time_registers=count, num_prefix_tokens=prefix + count)
 
-    def change(module: Any, part: type, values: tuple) -> None:
-        kind: Any = type(module)
+    def change(module: nn.Module, part: type, values: tuple) -> None:
+        kind: type = type(module)
         module.__class__ = _subclass(part, kind)
         vars(module)[IN_PLACE] = values
         made._undo.append(lambda: setattr(module, "__class__", kind))
         made._undo.append(lambda: vars(module).pop(IN_PLACE))
 
-    for i, block in enumerate(_blocks(reader)):
+    for i, block in enumerate(blocks_of(reader)):
         change(block, _BlockWithRegisters, (prefix, count, i == 0))
         attention = block.get_submodule(reader.family.attention)
         if (own := vars(attention).get("num_prefix_tokens")) is not None:  # tokens without rotation, in timm
-            attention.num_prefix_tokens = own + count
+            vars(attention)["num_prefix_tokens"] = own + count
             made._undo.append(partial(setattr, attention, "num_prefix_tokens", own))
         if chosen := [neuron for where, neuron in made.neurons if where == i]:
-            change(_mlp_output(reader, i), _LinearWithRegisters, (chosen, layout))
+            change(mlp_output(reader, i), _LinearWithRegisters, (chosen, layout))
 
 
 def _output_shapes(reader: TokenReader) -> list[tuple[int, ...]]:
     """Return the shapes of the tensors that the tower returns for one image of its own size."""
     seen: list[tuple[int, ...]] = []
 
-    def see(module: nn.Module, args: tuple, output: Any) -> None:
+    def see(module: nn.Module, args: tuple, output: object) -> None:
         values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output]
         seen.extend(tuple(value.shape) for value in values if isinstance(value, Tensor))
 

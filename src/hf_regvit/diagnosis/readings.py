@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data.preparation import PreparedImages, SkippedImage
 from ..data.source import ImageSource
+from ..models.families import unwrapped
 from ..models.tokens import Layers, Reduction, Site, TokenReader, TokenReading
 from .outliers import attention_statistics, neighbor_similarity
 
@@ -19,6 +20,7 @@ MIN_IMAGES = 8  # with fewer, `diagnose` raises an error
 ENOUGH_IMAGES = 500  # with fewer, the report has a warning: the cut-offs of two samples may differ by over 10 %
 
 Array = NDArray[np.float32]
+_Name = TypeVar("_Name")  # of rows
 
 
 @dataclass(eq=False)
@@ -36,6 +38,11 @@ class Readings:
     kept: list[int]  # indices of the images in `pixels`
     pixels: Tensor  # (kept, 3, H, W)
     skipped: list[SkippedImage]
+
+
+def blocks_of(reader: TokenReader) -> list[nn.Module]:
+    """Return the blocks of a model, without wrappers."""
+    return [unwrapped(block) for block in reader.tower.get_submodule(reader.family.blocks).children()]
 
 
 def token_norms(tokens: Tensor, layer: int) -> Tensor:
@@ -79,7 +86,7 @@ def read_images(
     used: list[str] = []
     flat: list[SkippedImage] = []
     first: TokenReading | None = None
-    norms, others, pixels = Rows(), Rows(), Rows()
+    norms, others, pixels = Rows[int](), Rows[str](), Rows[str]()
     kept: list[int] = []
     with tqdm(total=images.total, desc="images", unit="img", disable=not progress) as bar:
         for names, batch in images:
@@ -122,13 +129,14 @@ def read_images(
     )
 
 
-class Rows:
+class Rows(Generic[_Name]):
     """Rows of many images by name, in buffers that double: small tensors kept apart would fragment the memory."""
 
     def __init__(self) -> None:
-        self.count, self.buffers = 0, dict[Any, Tensor]()
+        self.count = 0
+        self.buffers: dict[_Name, Tensor] = {}
 
-    def add(self, values: Mapping[Any, Tensor]) -> None:
+    def add(self, values: Mapping[_Name, Tensor]) -> None:
         """Append tensors (B, ...) to the buffers."""
         start, self.count = self.count, self.count + len(next(iter(values.values())))
         for name, rows in values.items():
@@ -137,7 +145,7 @@ class Rows:
                 buffer.resize_(max(2 * len(buffer), self.count), *buffer.shape[1:])  # keeps the rows
             buffer[start : self.count] = rows
 
-    def joined(self) -> dict[Any, Tensor]:
+    def joined(self) -> dict[_Name, Tensor]:
         """Return the rows (n, ...) by name."""
         return {name: buffer[: self.count] for name, buffer in self.buffers.items()}
 

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from ..models.modeling_regvit import RegViTPreTrainedModel
 from ..models.processing import ImageProcessor
 from ..models.tokens import TokenReader, TokenReading
 from .outliers import Cutoff, emergence_layer, find_cutoff, reported_layer
-from .readings import check_grid, token_norms
+from .readings import blocks_of, check_grid, token_norms
+
+AnyRegViT = TypeVar("AnyRegViT", bound=RegViTPreTrainedModel)
 
 
 class RetrofitError(ValueError):
@@ -197,9 +199,22 @@ def _find_outliers(norms: dict[int, NDArray[np.float32]], cutoff: float | str) -
 # --- Models with test-time registers ---
 
 
+def mlp_output(reader: TokenReader, block: int) -> nn.Linear:
+    """Return the last linear layer of the MLP of a block."""
+    owner = blocks_of(reader)[block]
+    found = [dict(owner.named_modules()).get(path) for path in reader.family.mlp_output]
+    layer = next((layer for layer in found if isinstance(layer, nn.Linear)), None)
+    if layer is None:
+        raise RetrofitError(
+            f"Block {block} of this {reader.family_name} model, a {type(owner).__name__}, has no MLP with one "
+            f"ordinary last layer ({' or '.join(reader.family.mlp_output)}), so its neurons cannot be moved."
+        )
+    return layer
+
+
 def add_test_time_registers(
-    model: RegViTPreTrainedModel, neurons: Sequence[Sequence[int]], *, num_register_tokens: int = 1
-) -> Any:
+    model: AnyRegViT, neurons: Sequence[Sequence[int]], *, num_register_tokens: int = 1
+) -> AnyRegViT:
     """Return a copy of a RegViT with more registers, which are zero and into which the given neurons write.
 
     Args:
@@ -221,22 +236,22 @@ def add_test_time_registers(
     return copy.deepcopy(with_shared_weights(model, neurons, num_register_tokens))
 
 
-def silence_neurons(model: RegViTPreTrainedModel, neurons: Sequence[Sequence[int]]) -> Any:
+def silence_neurons(model: AnyRegViT, neurons: Sequence[Sequence[int]]) -> AnyRegViT:
     """Return a model in which these neurons have no output: the control that shows why they need a register.
 
     All other weights are shared with `model`, not copied.
     """
     made = with_shared_weights(model, [], 0)
+    reader = TokenReader(made)
     with torch.no_grad():
         for block, neuron in neurons:
-            mlp = getattr(made, "regvit", made).layers[block].mlp
-            linear = mlp.down_proj if hasattr(mlp, "down_proj") else mlp.fc2
+            linear = mlp_output(reader, block)
             linear.weight = nn.Parameter(linear.weight.clone())
             linear.weight[:, neuron] = 0
     return made
 
 
-def check_no_neurons(model: Any) -> None:
+def check_no_neurons(model: RegViTPreTrainedModel) -> None:
     """Raise a RetrofitError if a model already has test-time registers."""
     if model.config.register_neurons:
         raise RetrofitError(
@@ -245,7 +260,7 @@ def check_no_neurons(model: Any) -> None:
         )
 
 
-def with_shared_weights(model: Any, neurons: Sequence[Sequence[int]], num_register_tokens: int) -> Any:
+def with_shared_weights(model: AnyRegViT, neurons: Sequence[Sequence[int]], num_register_tokens: int) -> AnyRegViT:
     """Build the model of `add_test_time_registers` without copying weights, for short-lived models."""
     config = copy.deepcopy(model.config)
     config.num_register_tokens += num_register_tokens

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..data.preparation import PreparedImages, prepare_images
 from ..models.loading import choose_device, open_model, open_regvit, short_names
 from ..models.manifest import whole_checkpoint
+from ..models.modeling_regvit import RegViTPreTrainedModel
 from ..models.processing import EvaluationTransform, ImageProcessor, known_processor
 from ..models.results import Record, Result, Stopwatch, markdown_table
 from ..models.saving import check_space, keeping, num_bytes
@@ -199,8 +200,8 @@ class RetrofitResult:
         transform: Transform that produced these pixels and can convert them back to images.
     """
 
-    model: Any
-    source: Any
+    model: RegViTPreTrainedModel
+    source: RegViTPreTrainedModel
     report: RetrofitReport
     examples: Tensor
     transform: EvaluationTransform
@@ -297,15 +298,12 @@ def retrofit(
     if output_dir is not None:  # before the minutes of the search
         check_space(output_dir, num_bytes(reader.model.state_dict().values()))
     description, transform = reader.description, reader.transform
-    limits = {"num_register_tokens": num_register_tokens, "top_k": top_k}
-    limits |= {"highest_block": highest_block, "max_passes": max_passes}
     drawn: Record = {"max_images": max_images, "batch_size": batch_size, "seed": seed}
-    settings = (
-        limits
-        | {"cutoff": cutoff, "image_sizes": list(image_sizes)}
-        | drawn
-        | {"preprocessing": transform.description}
-    )
+    settings = {
+        "num_register_tokens": num_register_tokens, "top_k": top_k, "highest_block": highest_block,
+        "max_passes": max_passes, "cutoff": cutoff, "image_sizes": list(image_sizes), **drawn,
+        "preprocessing": transform.description,
+    }  # fmt: skip
     _check_ranges(settings, description.num_layers)
     prepared = prepare_images(images, transform, **drawn)
     norms = read_all_norms(reader, prepared, progress=progress)
@@ -314,8 +312,7 @@ def retrofit(
     search.run(norms)
     watch.lap("search")
     tried, registers = search.choose_registers()
-    source: Any = reader.model
-    made = add_test_time_registers(source, search.pairs, num_register_tokens=registers)
+    made = add_test_time_registers(search.model, search.pairs, num_register_tokens=registers)
     if isinstance(reader.processor, BaseImageProcessor):
         made.image_processor = reader.processor
     watch.lap("choice")
@@ -332,14 +329,18 @@ def retrofit(
     watch.lap("test")
     measured = {"tried": tried, "judged": judged, "sizes": sizes, "settings": settings, "seconds": watch.seconds}
     report = _report(model, search, made, parts, measured)
-    result = RetrofitResult(made, source, report, first[:EXAMPLES], transform)
+    result = RetrofitResult(made, search.model, report, first[:EXAMPLES], transform)
     if output_dir is not None:
         result.save(output_dir)
     return result
 
 
 def _report(
-    model: object, search: "_Search", made: Any, parts: dict[str, NDArray[np.bool_]], measured: Record
+    model: object,
+    search: "_Search",
+    made: RegViTPreTrainedModel,
+    parts: dict[str, NDArray[np.bool_]],
+    measured: Record,
 ) -> RetrofitReport:
     description, neurons = search.reader.description, search.populations[0].neurons
     name = description.name
@@ -381,8 +382,8 @@ def _open(
 
 
 def _check_ranges(settings: Record, num_layers: int) -> None:
-    limits = {"num_register_tokens": (1, 1024), "top_k": (1, 10**6), "highest_block": (0, num_layers - 1)}
-    limits |= {"max_passes": (1, 100)}
+    limits = {"num_register_tokens": (1, 1024), "top_k": (1, 10**6), "highest_block": (0, num_layers - 1),
+              "max_passes": (1, 100)}  # fmt: skip
     for name, (low, high) in limits.items():
         if settings[name] is not None and not low <= settings[name] <= high:
             raise RetrofitError(f"{name}={settings[name]} is out of range. Expected a value in [{low}, {high}].")
@@ -499,6 +500,8 @@ class _Search:
         self, reader: TokenReader, images: PreparedImages, parts: dict[str, NDArray[np.bool_]], settings: Record
     ) -> None:
         self.reader, self.images, self.part, self.settings = reader, images, parts["search"], settings
+        assert isinstance(reader.model, RegViTPreTrainedModel)
+        self.model = reader.model
         self.pixels = list(_rows(images, parts["choice"]))
         self.before = [_read(reader, batch) for batch in self.pixels]
         self.masks = [torch.zeros_like(seen.norms[0], dtype=torch.bool) for seen in self.before]
@@ -535,7 +538,7 @@ class _Search:
         return self.settings["num_register_tokens"] or REGISTERS[0]
 
     def _candidate(self, pairs: list[list[int]], registers: int) -> TokenReader:
-        return TokenReader(with_shared_weights(self.reader.model, pairs, registers))
+        return TokenReader(with_shared_weights(self.model, pairs, registers))
 
     def _add_pass(self, population: _Population) -> str | None:
         """Choose the number of neurons of a pass and keep them; return a reason if the search ends without them."""
@@ -545,11 +548,12 @@ class _Search:
         share = float(torch.cat(here).float().mean())
         masks = [old | new for old, new in zip(self.masks, here)]
         tried: list[Record] = []
+        new: list[list[int]] = []  # more in each round, after those of the round before
         for top_k in TOP_KS if self.settings["top_k"] is None else (self.settings["top_k"],):
             new = [pair for pair in neurons.best(top_k, highest_block=highest) if pair not in self.pairs]
             if new and (not tried or len(new) > tried[-1]["top_k"]):
                 record = self._attempt([*self.pairs, *new], self._few_registers, populations, masks)
-                tried.append(record | {"top_k": len(new), "pairs": new})
+                tried.append(record | {"top_k": len(new)})
         if not tried:
             return "no neurons: none that is quiet elsewhere is active at the outliers"
         chosen = _least_change(tried, share)
@@ -559,15 +563,14 @@ class _Search:
                 f"outliers before, and {chosen['outlier_share']:.2%} after. Try a higher highest_block or another "
                 "cut-off."
             )
-        new = chosen.pop("pairs")
+        new = new[: chosen["top_k"]]
         if self.records:
             back = any(now > MAX_REMAINING_SHARE * r["share"] for now, r in zip(chosen["earlier"], self.records))
             if back or chosen["outlier_share"] > MAX_REMAINING_SHARE * share:
                 return f"no progress: the neurons {new} do not remove the next population of outliers"
             if any(chosen[k] < self.records[-1][k] - MAX_COSINE_LOSS for k in ("cls_cosine", "patch_cosine")):
                 return f"worse: the neurons {new} change CLS or normal patches too much"
-        self.tried = [{name: value for name, value in record.items() if name != "pairs"} for record in tried]
-        self.masks, self.populations = masks, populations
+        self.tried, self.masks, self.populations = tried, masks, populations
         self.pairs += new
         self.scores += [float(neurons.scores[block, neuron]) for block, neuron in new]
         kept = ("layer", "cutoff", "emergence")
@@ -619,18 +622,18 @@ def _least_change(tried: Sequence[Record], share: float) -> Record:
     return min(tried, key=lambda record: record["outlier_share"])
 
 
-def _measure_on_test_images(search: _Search, made: Any, batches: Iterable[Tensor], seed: int) -> dict[str, Record]:
+def _measure_on_test_images(
+    search: _Search, made: RegViTPreTrainedModel, batches: Iterable[Tensor], seed: int
+) -> dict[str, Record]:
     """Compare the retrofitted model and its controls with the model on the test images."""
-    reader, neurons = search.reader, search.populations[0].neurons
-    model: Any = reader.model
-    pairs = made.config.register_neurons
+    reader, model, neurons = search.reader, search.model, search.populations[0].neurons
     registers = made.config.num_register_tokens - model.config.num_register_tokens
-    random = _random_neurons(pairs, neurons.scores.shape[1], seed)
+    random = _random_neurons(search.pairs, neurons.scores.shape[1], seed)
     variants = {
         "after": made,
         "registers alone": with_shared_weights(model, [], registers),
         "random neurons": with_shared_weights(model, random, registers),
-        "neurons silenced, no register": silence_neurons(model, pairs),
+        "neurons silenced, no register": silence_neurons(model, search.pairs),
     }
     readers = {"before": reader} | {name: TokenReader(variant) for name, variant in variants.items()}
     tallies = {
@@ -644,7 +647,9 @@ def _measure_on_test_images(search: _Search, made: Any, batches: Iterable[Tensor
     return {name: tally.row() for name, tally in tallies.items()}
 
 
-def _measure_size(search: _Search, made: Any, images: PreparedImages, parts: dict[str, NDArray[np.bool_]]) -> Record:
+def _measure_size(
+    search: _Search, made: RegViTPreTrainedModel, images: PreparedImages, parts: dict[str, NDArray[np.bool_]]
+) -> Record:
     """Measure a retrofitted model on test images of another size, and whether more registers would change it less."""
     rows = parts["judged"] & (np.cumsum(parts["judged"]) <= CHOICE_IMAGES)
     pixels = list(_rows(images, rows))
@@ -665,7 +670,7 @@ def _measure_size(search: _Search, made: Any, images: PreparedImages, parts: dic
     wanted = min(MAX_SUGGESTED_REGISTERS, math.ceil(per_image))
     suggested = added
     if wanted > added:
-        more = measured(TokenReader(with_shared_weights(search.reader.model, search.pairs, wanted)))
+        more = measured(TokenReader(with_shared_weights(search.model, search.pairs, wanted)))
         suggested = wanted if more["cosine"] >= row["cosine"] + WORTHWHILE_COSINE_GAIN else added
     return {
         "image_size": round((pixels[0].shape[-2] * pixels[0].shape[-1]) ** 0.5),

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..models.families import attention_output, unwrapped
+from ..models.families import attention_output
 from ..models.results import Record
 from ..models.tokens import Reduction, Site, TokenReader
+from .readings import blocks_of
 
 EVENT_MASS = 0.5  # attention that makes a set a sink, and a query one that is routed to it
 ROUTED_SHARE = 0.9  # share of the queries that must be routed to a column, by the published rule
@@ -97,7 +98,7 @@ def _mean(values: Tensor, weight: Tensor) -> Tensor:
     return (values * weight).sum(dim=-1) / weight.sum(dim=-1)
 
 
-def output_factor(block: Any, reader: TokenReader) -> Tensor | None:
+def output_factor(block: nn.Module, reader: TokenReader) -> Tensor | None:
     """Return (H, d, d) triangular factors of the output projection of a block; None if it is not known."""
     weight, heads = attention_output(block, reader.family), reader.description.num_heads
     if weight is None or weight.shape[1] % heads:
@@ -135,8 +136,7 @@ class SinkReader:
             self.sets["registers"] = ~is_patch & (place >= d.num_prefix_tokens - d.num_register_tokens)
         if d.has_cls:
             self.sets["cls"] = place == 0
-        blocks = map(unwrapped, reader.tower.get_submodule(reader.family.blocks).children())
-        self.factors = [output_factor(block, reader) for block in blocks]
+        self.factors = [output_factor(block, reader) for block in blocks_of(reader)]
         self.numbers: dict[str, Tensor] = {}
         self.received = torch.zeros(len(ids), num_patches)
         self._values: Tensor | None = None  # of the current block
@@ -162,7 +162,8 @@ class SinkReader:
     def _add(self, attention: Tensor, layer: int, start: int) -> None:
         assert self._values is not None
         heads, num_layers = attention.shape[1], self.reader.description.num_layers
-        width = self._head_width(self._values.shape[-1] // heads)
+        known = [factor.shape[-1] for factor in self.factors if factor is not None]
+        width = known[0] if known else self._values.shape[-1] // heads
         values = self._values.unflatten(-1, (-1, width)).transpose(1, 2)  # (B, key heads, T, d)
         values = values.repeat_interleave(heads // values.shape[1], dim=1)  # (B, H, T, d)
         rows, factor = slice(start, start + len(attention)), self.factors[layer - 1]
@@ -181,10 +182,6 @@ class SinkReader:
         if layer > num_layers - last_quarter(num_layers):
             received = attention.float().mean(dim=(1, 2)) * self.num_tokens / last_quarter(num_layers)
             self.received[rows] += received[:, -self.received.shape[1] :].cpu()
-
-    def _head_width(self, default: int) -> int:
-        known = [factor.shape[-1] for factor in self.factors if factor is not None]
-        return known[0] if known else default
 
 
 def last_quarter(num_layers: int) -> int:
