@@ -1,5 +1,6 @@
 """Puts `tests/` on the path, keeps every test offline and quiet."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -18,6 +19,8 @@ os.environ.setdefault("MPLBACKEND", "agg")
 # The Arrow copies of `datasets` go into a folder of the test run, not into the user's home.
 _ARROW = tempfile.TemporaryDirectory(prefix="regvit-arrow-")
 os.environ["HF_DATASETS_CACHE"] = _ARROW.name
+# Waiting for the disk shows nothing: only a machine that loses its power would notice. Processes of tests do wait.
+os.fsync = lambda descriptor: None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,6 +51,12 @@ PLACES = {"attacks": 0, "distributed": 0, "integration": 0, "parity": 0, "tests"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the tests of whole runs and end with those in the browser; the order of the others stays."""
     items.sort(key=lambda item: PLACES.get(item.path.parent.name, 1))
+
+
+def pytest_collection_finish() -> None:
+    """Leave out what all imports created when Trainer collects garbage, which it does after every run."""
+    gc.collect()
+    gc.freeze()
 
 
 # Folders of the unit tests, one a room of the package, and the tests of whole runs.
@@ -83,13 +92,15 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def without_figures(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Draw no figures of a fine-tuning run, except in `TESTS_OF_FIGURES`: they take ten times as long as the run."""
-    from hf_regvit.finetuning import run
+    """Draw no figures of a run, except in `TESTS_OF_FIGURES`: they can take ten times as long as the run."""
+    import hf_regvit.finetuning.run as finetuning
+    import hf_regvit.pretraining.run as pretraining
     from hf_regvit.finetuning.classification import ImageClassification
     from hf_regvit.finetuning.dense import DepthEstimation, SemanticSegmentation
 
     if request.node.name not in getattr(request.module, "TESTS_OF_FIGURES", ()):
-        monkeypatch.setattr(run, "draw_finetuning_curves", lambda folder, shown: None)
+        monkeypatch.setattr(pretraining, "draw_curves", lambda folder, num_prototypes: None)
+        monkeypatch.setattr(finetuning, "draw_finetuning_curves", lambda folder, shown: None)
         for task in (ImageClassification, SemanticSegmentation, DepthEstimation):
             monkeypatch.setattr(task, "write_panels", lambda self, folder, model, processor: {})
 

@@ -21,6 +21,8 @@ from hf_regvit.pretraining.run import pretrain
 from hf_regvit.training import samplers
 from tiny_run import same_state
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 
 @pytest.fixture(scope="module")
 def pictures() -> list[bytes]:

@@ -19,7 +19,7 @@ from hf_regvit.pretraining.run import pretrain
 from hf_regvit.training.checkpoints import STAGING, list_checkpoints
 from tiny_run import checkpoint_state, same_state
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_figures")]
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "run_dino_pretraining.py"
 # Built-in digits through the real augmentation: 1,797 images, so an epoch is 18 steps of 96.

@@ -24,6 +24,9 @@ from hf_regvit.pretraining.run import pretrain
 from hf_regvit.pretraining.starting_point import restore_training, starting_point
 from tiny_run import Crops, arguments, same_state, tiny_config, tiny_network
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+TESTS_OF_FIGURES = {"test_a_run_leaves_everything"}
+
 RECIPE = """
 preset: tiny
 hidden_size: 16

@@ -20,6 +20,8 @@ from hf_regvit.training.run_folder import LOCK, RunFolderInUseError, run_lock
 from tiny_finetune import backbone, picture
 from tiny_run import Crops, arguments, checkpoint_state, same_state
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 # Long enough to be stopped, with measurements and saves that are seldom.
 LONG = RECIPE | {"max_steps": 500, "logging_steps": 1, "save_steps": 1000, "knn_steps": 0, "panel_steps": 0}
 

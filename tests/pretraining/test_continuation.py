@@ -54,6 +54,8 @@ from tiny_run import (
     tiny_network,
 )
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 MODES = ("full", "lora", "last_blocks")
 FAMILIES = (
     "ViTModel",

@@ -17,6 +17,8 @@ from hf_regvit.pretraining.losses import feature_loss
 from hf_regvit.pretraining.run import pretrain
 from tiny_run import Crops, arguments, feature_network, frozen_teacher, same_state, tiny_batch, trained
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 
 def test_loss_equals_its_loop():
     predictions, targets = 2 * builders.normal(6, 5), builders.normal(6, 5, seed=1)

@@ -40,6 +40,8 @@ from tiny_run import (
     trained,
 )
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 # ---- Head ----
 
 

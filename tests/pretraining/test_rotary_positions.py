@@ -14,6 +14,8 @@ from hf_regvit.pretraining.run import _build_network
 from hf_regvit.pretraining.starting_point import starting_point
 from tiny_run import GRID, PATCH, Crops, arguments, same_state, tiny_batch, tiny_config, tiny_network, trained
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 ROTARY = {"use_position_embeddings": False, "rope_theta": 100, "key_bias": False}
 AUGMENTED = {**ROTARY, "pos_embed_rescale": 2.0}
 

@@ -20,6 +20,8 @@ from hf_regvit.training.callbacks import MetricsFile
 from hf_regvit.training.finite import FiniteGuard, NonFiniteError, out_of_memory, without_ids
 from tiny_run import GRID, SHAPE, Crops, arguments, same_state, tiny_batch, tiny_config, tiny_network, trained
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 
 class BadCrops(Crops):
     """One image in ten has a pixel that is NaN."""
