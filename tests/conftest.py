@@ -1,5 +1,6 @@
 """Puts `tests/` on the path, keeps every test offline and quiet."""
 
+import functools
 import gc
 import os
 import sys
@@ -53,17 +54,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: PLACES.get(item.path.parent.name, 1))
 
 
-def pytest_collection_finish() -> None:
-    """Leave out what all imports created when Trainer collects garbage, which it does after every run."""
-    gc.collect()
-    gc.freeze()
-
-
 # Folders of the unit tests, one a room of the package, and the tests of whole runs.
 ROOMS = {
     "models", "data", "evaluation", "diagnosis", "figures", "hub", "training", "pretraining", "finetuning", "app",
     "integration",
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keep what earlier files imported or cached from slowing down the tests of this one.
+
+    Trainer collects garbage after every run, which takes as long as there are objects: in the last files it took
+    longer than the runs.
+    """
+    gc.collect()
+    gc.freeze()  # no later collection looks at these objects
+    yield
+    for cached in vars(request.module).values():
+        if isinstance(cached, functools._lru_cache_wrapper):
+            cached.cache_clear()
 
 
 @pytest.fixture(autouse=True)
