@@ -1,6 +1,7 @@
 """Training on images with texts as a whole: the result folder, resuming, the bias of the sigmoid loss."""
 
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -8,19 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
+from transformers import TrainerCallback, VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
 
 from builders import SignalAt, json_lines, tinted, tinted_folder
 from helpers import load_script
 from hf_regvit import RegViTModel
 from hf_regvit.image_text.run import train_image_text
 from hf_regvit.models.saving import read_json
+from hf_regvit.training.finite import NonFiniteError
 from hf_regvit.training.signals import TrainingInterrupted
 from tiny_image_text import arguments, captioned_folder, tower
 from tiny_run import same_state
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow  # each test is one or more whole runs
+
+
+class Poison(TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.encoder.visual_projection.weight.register_hook(lambda gradient: gradient * math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +98,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(loss, data, tmp_path):
     assert same_state(whole.state_dict(), resumed.state_dict())
     states = [load_file(tmp_path / name / "checkpoint-4" / "model.safetensors") for name in ("whole", "parts")]
     assert same_state(*states)
+
+
+def test_a_run_without_clipping_is_checked_for_finite_gradients(data, tmp_path):
+    train_image_text(arguments(tmp_path / "run", data, max_grad_norm=0.0, save_strategy="no"))
+    with pytest.raises(NonFiniteError, match=r"but its gradient is not \(norms: encoder=(nan|inf)\)"):
+        train_image_text(
+            arguments(tmp_path / "stopped", data, max_grad_norm=0.0, save_strategy="no"), callbacks=[Poison()]
+        )
 
 
 def test_a_run_with_other_texts_or_another_loss_does_not_resume(data, tmp_path):

@@ -121,7 +121,7 @@ class FinetuningTrainer(RunTrainer):
         Trainer's own implementation only logs missing tensors, and only process 0 knows the folder.
         """
         best, problem = from_first((self.state.best_model_checkpoint, self.save_problem))
-        folder = Path(best)
+        folder = Path(str(best))
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"The best checkpoint, of step {self.state.best_global_step}, could not be written to {folder} "

@@ -200,10 +200,10 @@ class CollapseAlarms(TrainerCallback):
         self.raised: list[Alarm] = []
         self._in_a_row: dict[str, int] = {}
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Read the length of the warm-up and, in a resumed run, the earlier alarms."""
         if self.first_step is None:
-            self.first_step = args.schedules(state.max_steps).warmup_steps
+            self.first_step = self.recipe.args.schedules(state.max_steps).warmup_steps
         if state.global_step and self.metrics is not None and self.metrics.path.exists():
             lines = read_metrics(self.metrics.path)
             self.raised = [Alarm(line["alarm"], line["step"], line["message"]) for line in lines if "alarm" in line]
@@ -211,10 +211,10 @@ class CollapseAlarms(TrainerCallback):
                 self._check(line, line["step"], state)
 
     def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: object
+        self, args: object, state: TrainerState, control: TrainerControl, logs: Mapping[str, float] = {}, **kwargs: Any
     ) -> None:
         """Check one log line."""
-        self._check(logs or {}, state.global_step, state)
+        self._check(logs, state.global_step, state)
         # Measurements may differ between processes in the last digit.
         if self.stop and from_first(bool(self.raised)):
             control.should_training_stop = True

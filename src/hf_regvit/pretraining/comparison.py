@@ -24,6 +24,7 @@ from ..models.modeling_regvit import RegViTModel
 from ..models.tokens import TokenReader
 from ..training.callbacks import MetricsFile, Observer
 from ..training.distributed import from_first
+from .network import StudentAndTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class StartComparison(Observer):
         self._start = _tokens(TokenReader(start), pixel_values)
         self._grid = start.embeddings.patch_embeddings.grid_of(pixel_values)
 
-    def measure(self, model: Any, step: int) -> dict[str, float]:
+    def measure(self, model: StudentAndTeacher, step: int) -> dict[str, float]:
         """Return drifts and qualities.
 
         `image_drift` and `patch_drift` are 1 - cosine to the token of the starting model, mean over images and
@@ -161,7 +162,7 @@ class BestTeacher(TrainerCallback):
         self.best: tuple[int, float] | None = None
         self.last: float | None = None
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Read the scores of the steps before a resumed run."""
         if state.global_step and self.metrics.path.exists():
             for line in read_metrics(self.metrics.path):
@@ -176,10 +177,12 @@ class BestTeacher(TrainerCallback):
             self.best = (step, found)
         return better
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: object, state: TrainerState, control: TrainerControl, logs: Mapping[str, float] = {}, **kwargs: Any
+    ) -> None:
         """Save the teacher if the log line has the best score so far."""
         step = state.global_step
-        if not from_first(self._is_better(step, logs or {})) or step == 0:
+        if not from_first(self._is_better(step, logs)) or step == 0:
             return
         teacher = kwargs["model"].whole_teacher_backbone()  # a collective if the teacher is sharded
         if state.is_world_process_zero:
@@ -190,7 +193,7 @@ class BestTeacher(TrainerCallback):
             except OSError as error:  # a full disk must not stop the run
                 logger.error("ALARM: The best teacher, of step %d, cannot be written (%s).", step, error)
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_train_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Log which teacher was the best, if it is not the last one."""
         if self.best is None or self.last is None or self.best[0] == state.global_step:
             return

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from ..training.distributed import num_processes
 
@@ -42,7 +43,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: FunctionCtx,
         features: Tensor,
         prototypes: Tensor,
         targets: Tensor,

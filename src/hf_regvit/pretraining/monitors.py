@@ -146,7 +146,7 @@ class Panels(Observer):
     """
 
     def __init__(
-        self, images: Sequence[Any], pixel_values: Tensor, *, folder: str | Path, every_steps: float = 0.25
+        self, images: Sequence[Image.Image], pixel_values: Tensor, *, folder: str | Path, every_steps: float = 0.25
     ) -> None:
         super().__init__(every_steps, at_most=5000)
         self.images, self.pixel_values, self.folder = images, pixel_values, Path(folder)
@@ -333,7 +333,7 @@ def _stream_parts(args: PretrainingArguments, dataset: MultiCropStream, cropped:
 
 
 def backbone_features(
-    backbone: nn.Module, images: Sequence[Any], *, image_processor: Any, batch_size: int = 256
+    backbone: nn.Module, images: Sequence[Image.Image], *, image_processor: Any, batch_size: int = 256
 ) -> Tensor:
     """Extract the CLS token and the mean patch token of every image, concatenated; registers are not used.
 
@@ -390,7 +390,7 @@ class OnlineKNN(Observer):
         self.neighbors, self.heldout, self.is_held_out = neighbors, heldout, is_held_out
         self.image_processor, self.k, self.linear_probe = image_processor, k, linear_probe
 
-    def measure(self, model: Any, step: int) -> dict[str, float]:
+    def measure(self, model: StudentAndTeacher, step: int) -> dict[str, float]:
         """Return `eval_knn_K` for K neighbors, and `eval_linear` if enabled."""
         backbone, processor = model.whole_teacher_backbone(), self.image_processor
         parts: list[Tensor] = []

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,7 @@ from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.utils.data import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ..hub.facts import pretraining_facts, public_recipe
@@ -21,7 +21,7 @@ from ..training.finite import free_memory, memory_advice, without_ids
 from ..training.parameter_groups import parameter_rules
 from ..training.run_folder import names_digest
 from ..training.samplers import EpochSampler, StreamSampler
-from ..training.trainer import RunTrainer, StepSeeds
+from ..training.trainer import Collator, RunTrainer, StepSeeds
 from .arguments import PretrainingArguments
 from .continuation import memory_of_step
 from .crops import MultiCropStream
@@ -41,29 +41,31 @@ class _StepRules(StepSeeds):
     schedules: Schedules
     values: StepValues
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.schedules = args.schedules(state.max_steps)
+    def __init__(self, args: PretrainingArguments) -> None:
+        self.args = args
+
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.schedules = self.args.schedules(state.max_steps)
         self.values = self.schedules.at(state.global_step)
         model = kwargs["model"]
         # `joint_targets` runs outside `forward` and also needs gathered parameters.
         if isinstance(model, FSDPModule) and isinstance(model, SelfDistillation):
             register_fsdp_forward_method(cast(nn.Module, model), "joint_targets")
 
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         super().on_step_begin(args, state, control)
         self.values = self.schedules.at(state.global_step)
         frozen = state.global_step < self.schedules.freeze_backbone_steps
         set_rates(kwargs["optimizer"], self.values, freeze_backbone=frozen)
         kwargs["model"].begin_step(self.values.teacher_temperature)
 
-    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_optimizer_step(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         kwargs["model"].update_teacher(self.values.teacher_momentum)
         # global_step does not include the step that ends here yet.
-        if (
-            args.gram_loss_weight
-            and args.gram_refresh_steps
-            and (state.global_step + 1) % args.gram_refresh_steps == 0
-        ):
+        every = self.args.gram_refresh_steps if self.args.gram_loss_weight else 0
+        if every and (state.global_step + 1) % every == 0:
             kwargs["model"].refresh_gram_teacher()
 
 
@@ -98,14 +100,15 @@ class DinoTrainer(RunTrainer):
         args: PretrainingArguments,
         *,
         train_dataset: Dataset,
-        data_collator: Any,
-        high_resolution: tuple[Dataset, Any] | None = None,
+        data_collator: Collator,
+        high_resolution: tuple[Dataset, Collator] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         image_processor: Any = None,
     ) -> None:
         source = getattr(train_dataset, "source", None)
+        sampler: EpochSampler | StreamSampler
         if isinstance(train_dataset, MultiCropStream):
-            sampler: Any = train_dataset.sampler(rank=args.process_index, world_size=args.world_size)
+            sampler = train_dataset.sampler(rank=args.process_index, world_size=args.world_size)
         else:
             sampler = EpochSampler(
                 len(cast(Sized, train_dataset)),
@@ -114,7 +117,7 @@ class DinoTrainer(RunTrainer):
                 parts=getattr(source, "parts", ()),
                 weights=args.data_weights,
             )
-        self._rules = _StepRules()
+        self._rules = _StepRules(args)
         self._high_resolution = high_resolution
         self._targets: list[TeacherTargets] = []
         self._micro_batches: list[dict[str, Tensor]] = []
@@ -128,7 +131,6 @@ class DinoTrainer(RunTrainer):
             names=getattr(source, "ids", ()),
             rules=self._rules,
             callbacks=callbacks,
-            data_collator=data_collator,
             image_processor=image_processor,
         )
         if args.torch_compile:
@@ -149,14 +151,14 @@ class DinoTrainer(RunTrainer):
 
     # Data.
 
-    def training_data(self) -> tuple[Dataset, Any]:
+    def training_data(self) -> tuple[Dataset, Collator]:
         """Return the data set and the collator of the current step, which the high-resolution steps replace."""
         steps, first = self.args.high_resolution_steps, self.args.first_high_resolution_step(self.state.max_steps)
         if steps and self.state.global_step >= first:
-            return cast(tuple[Dataset, Any], self._high_resolution)
+            return cast(tuple[Dataset, Collator], self._high_resolution)
         return super().training_data()
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """Return the micro-batches of one step; with Sinkhorn, their targets are computed jointly."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._micro_batches = batches if len(batches) > 1 and self.model.joins_targets else []
@@ -263,9 +265,7 @@ class DinoTrainer(RunTrainer):
         self._record({f"clipped_{name}": (norm > self.args.max_grad_norm).float() for name, norm in norms.items()})
         return torch.stack(list(norms.values())).norm()
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, *args: Any, **kwargs: Any
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Compute the loss of one micro-batch; `FiniteGuard` checks once per step that it is finite everywhere."""
         tensors: dict[str, Any] = without_ids(inputs)
         if self._micro_batches:  # first micro-batch of a step: compute the targets of all of them jointly
@@ -279,7 +279,7 @@ class DinoTrainer(RunTrainer):
             outputs = model(**tensors)
         self.guard.see_batch(inputs.get("sample_ids"), inputs.get("epochs"), outputs)
         self._record({name: value for name, value in outputs.items() if name != "loss"})
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+        return outputs["loss"]
 
     def _record(self, terms: dict[str, Tensor]) -> None:
         """Sum terms on the device, so that their means are read once per log line instead of once per step."""

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from ..evaluation.image_tasks import option
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Return the value of an option that transformers may hold as an enumeration."""
     return getattr(value, "value", value)
 

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,13 @@ class Observer(TrainerCallback):
         self._measured.update(self.measure(model, step))
         self.seconds += time.perf_counter() - started
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure the untrained network, except in a resumed run."""
         self.is_main_process = state.is_world_process_zero
         if state.global_step == 0:
             self._observe(kwargs["model"], 0)
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure if the step is due, and request a log line."""
         step = state.global_step
         if step % self.interval(state.max_steps) == 0 or step == state.max_steps:
@@ -93,7 +94,7 @@ class TrainingProgress(ProgressCallback):
         self.metric = metric
         self._shown: dict[str, str] = {}
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Open the bar at the step at which the run starts."""
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None and state.global_step:
@@ -102,10 +103,10 @@ class TrainingProgress(ProgressCallback):
             self.training_bar.refresh()
 
     def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: object
+        self, args: object, state: TrainerState, control: TrainerControl, logs: Mapping[str, float] = {}, **kwargs: Any
     ) -> None:
         """Show loss and speed next to the bar; other measurements, such as k-NN accuracy, stay until the next one."""
-        if self.training_bar is None or not logs:
+        if self.training_bar is None:
             return
         for key, value in logs.items():
             name = key.removeprefix("eval_")
@@ -134,7 +135,7 @@ class MetricsFile(TrainerCallback):
         # Step and keys of the lines of the step at which a run was resumed.
         self._known: set[tuple[int, frozenset[str]]] = set()
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Clear the file; a resumed run keeps the lines up to its step."""
         if not state.is_world_process_zero:
             return
@@ -150,7 +151,7 @@ class MetricsFile(TrainerCallback):
                     self._known.add((line["step"], frozenset(line)))
 
     def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: object
+        self, args: object, state: TrainerState, control: TrainerControl, logs: Mapping[str, float] = {}, **kwargs: Any
     ) -> None:
         """Write one log line, unless a run that was resumed at this step has the line already."""
         if not state.is_world_process_zero or not logs:

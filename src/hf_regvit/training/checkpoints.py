@@ -25,9 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import safe_globals
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..models.configuration_regvit import CheckpointCorruptError, CheckpointError, check_weight_files
 from ..models.foreign_weights import UNREADABLE, refused_pickle
@@ -178,7 +179,7 @@ class CheckpointedTrainer(PushingTrainer):
     # Trainer declares wider types, for cases that do not occur here.
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    lr_scheduler: Any
+    lr_scheduler: LambdaLR
 
     def __init__(self, **options: Any) -> None:
         self.failed_saves = 0
@@ -207,7 +208,7 @@ class CheckpointedTrainer(PushingTrainer):
 
     # Starting and stopping.
 
-    def train(self, resume_from_checkpoint: str | bool | None = None) -> Any:  # type: ignore[override]
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:  # type: ignore[override]
         """Train, optionally from a verified checkpoint.
 
         Args:

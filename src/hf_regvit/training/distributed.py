@@ -4,13 +4,16 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 
 def num_processes() -> int:
@@ -18,7 +21,7 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def from_first(value: Any) -> Any:
+def from_first(value: T) -> T:
     """Return the value of process 0 on every process."""
     if num_processes() == 1:
         return value
@@ -72,13 +75,13 @@ class _SumOverProcesses(torch.autograd.Function):
     """Differentiable sum of a tensor over all processes; gradients are summed over all processes as well."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, value: Tensor) -> Tensor:
         total = value.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
         return cast(Tensor, _SumOverProcesses.apply(gradient))
 
 

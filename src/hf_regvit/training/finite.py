@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ..models.saving import num_bytes, whole_file, write_json
@@ -67,14 +67,16 @@ class FiniteGuard(TrainerCallback):
         """Record the gradient norms of the step by submodule, before clipping."""
         self._norms = {name: norm.detach() for name, norm in norms.items()}
 
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_step_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Store the random state at the start of the step."""
         self._batches, self._norms = [], {}
         self._random_state = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             self._random_state["cuda"] = torch.cuda.get_rng_state()
 
-    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Check losses and gradients of all processes.
 
         Raises:
@@ -82,9 +84,9 @@ class FiniteGuard(TrainerCallback):
         """
         if not self._batches:
             return
-        norms = self._norms or self._gradient_norms(kwargs["model"].student)
+        self._norms = self._norms or self._gradient_norms(kwargs["model"])
         loss_is_finite = torch.isfinite(torch.stack([batch.outputs["loss"] for batch in self._batches])).all()
-        gradient_is_finite = torch.isfinite(torch.stack(list(norms.values()))).all()
+        gradient_is_finite = torch.isfinite(torch.stack(list(self._norms.values()))).all()
         if not self.check_gradients:
             gradient_is_finite = torch.ones_like(gradient_is_finite)
         flags = torch.stack([loss_is_finite, gradient_is_finite])[None].to(torch.uint8)
@@ -94,25 +96,22 @@ class FiniteGuard(TrainerCallback):
             flags = gather(flags)  # (processes, 2)
         if flags.all():
             return
-        self._stop(args, state, kwargs["model"], norms, flags.bool().cpu())
+        self._stop(args, state, kwargs["model"], flags.bool().cpu())
 
     @staticmethod
-    def _gradient_norms(student: nn.Module) -> dict[str, Tensor]:
+    def _gradient_norms(model: nn.Module) -> dict[str, Tensor]:
         norms = {}
-        for name, part in student.named_children():
+        for name, part in getattr(model, "student", model).named_children():
             gradients = [p.grad for p in part.parameters() if p.grad is not None]
             norms[name] = torch.stack([full_tensor(gradient.float().norm()) for gradient in gradients]).norm()
         return norms
 
-    def _stop(
-        self, args: Any, state: TrainerState, model: nn.Module, norms: Mapping[str, Tensor], finite: Tensor
-    ) -> None:
-        record = self._record(args, state, norms)
-        records = [record]
+    def _stop(self, args: TrainingArguments, state: TrainerState, model: nn.Module, finite: Tensor) -> None:
+        records = [self._record(args.process_index)]
         if args.world_size > 1:
             from accelerate.utils import gather_object
 
-            records = gather_object([record])
+            records = gather_object(records)
         in_loss = [rank for rank, (loss, _) in enumerate(finite.tolist()) if not loss]
         # If every loss is finite, the NaN comes from the backward pass, and all processes have the averaged gradient.
         guilty = in_loss or list(range(len(records)))
@@ -123,9 +122,9 @@ class FiniteGuard(TrainerCallback):
                 logger.error("ALARM: The batch could not be recorded. %s", error)
         raise NonFiniteError(self._message(args, state, records, guilty, in_loss=bool(in_loss)))
 
-    def _record(self, args: Any, state: TrainerState, norms: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _record(self, rank: int) -> dict[str, Any]:
         return {
-            "rank": args.process_index,
+            "rank": rank,
             "micro_batches": [
                 {
                     "sample_ids": None if batch.sample_ids is None else batch.sample_ids.tolist(),
@@ -137,7 +136,7 @@ class FiniteGuard(TrainerCallback):
                 }
                 for batch in self._batches
             ],
-            "gradient_norms": {name: _number(norm) for name, norm in norms.items()},
+            "gradient_norms": {name: _number(norm) for name, norm in self._norms.items()},
             "random_state": {
                 name: base64.b64encode(bytes(value.numpy())).decode() for name, value in self._random_state.items()
             },
@@ -161,7 +160,7 @@ class FiniteGuard(TrainerCallback):
 
     def _message(
         self,
-        args: Any,
+        args: TrainingArguments,
         state: TrainerState,
         records: Sequence[dict[str, Any]],
         guilty: Sequence[int],
@@ -207,7 +206,7 @@ def without_ids(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ---- Memory ------------------------------------------------------------------------------------------------------
 
 
-def out_of_memory(args: Any, *, step: int) -> torch.OutOfMemoryError:
+def out_of_memory(args: TrainingArguments, *, step: int) -> torch.OutOfMemoryError:
     """Return an error with the measured peak and the three options that help most, in the order to try them."""
     advice = memory_advice(args)
     return torch.OutOfMemoryError(f"Out of memory at step {step}: {_peak(args.device)}. Try, in this order: {advice}.")

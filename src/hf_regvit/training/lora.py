@@ -3,12 +3,15 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .arguments import LoraArguments
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 def inject_lora(network: nn.Module, args: LoraArguments, *, blocks: str) -> nn.Module:
@@ -41,7 +44,7 @@ def inject_lora(network: nn.Module, args: LoraArguments, *, blocks: str) -> nn.M
     return inject_adapter_in_model(_configuration(args, blocks), network)
 
 
-def _configuration(args: LoraArguments, blocks: str, **fields: Any) -> Any:
+def _configuration(args: LoraArguments, blocks: str, **fields: Any) -> "LoraConfig":
     from peft import LoraConfig
 
     return LoraConfig(
@@ -84,6 +87,6 @@ def save_adapter(state: Mapping[str, Tensor], folder: Path, args: LoraArguments,
         blocks: Name of the list of blocks, as for `inject_lora`.
         base: Name of the model to which the updates belong.
     """
-    _configuration(args, blocks, base_model_name_or_path=base, inference_mode=True).save_pretrained(folder)
+    _configuration(args, blocks, base_model_name_or_path=base, inference_mode=True).save_pretrained(str(folder))
     named = {f"base_model.model.{name.replace('.default.', '.')}": tensor for name, tensor in state.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -169,7 +169,9 @@ class RunRecord(TrainerCallback):
     def __init__(self, folder: str | Path, recipe: Mapping[str, Any]) -> None:
         self.folder, self.recipe, self._renewed = Path(folder), dict(recipe), 0.0
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Write both files."""
         if state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -177,7 +179,7 @@ class RunRecord(TrainerCallback):
                 unfinished.write_text(yaml.safe_dump(self.recipe, sort_keys=False))
             write_json(self.folder / "environment.json", run_environment(args))
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Renew the lock, at most twice a minute."""
         if state.is_world_process_zero and time.monotonic() - self._renewed > _RENEW_SECONDS:
             self._renewed = time.monotonic()

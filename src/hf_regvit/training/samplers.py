@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, count, islice
-from typing import Any, cast
+from typing import TypeVar, cast
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -17,6 +17,8 @@ from torch.utils.data import Sampler
 from ..data.bad_images import BadImages, TooManyBadImagesError
 from ..data.decoding import BadImageError
 from ..data.tables import ImageStream, StreamRecord
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -159,8 +161,8 @@ def checked_weights(weights: Sequence[float], num_sources: int) -> np.ndarray:
 
 
 def first_usable(
-    read: Callable[[int], Any], key: tuple[int, int], *, seed: int, count: int, bad_images: BadImages
-) -> tuple[int, Any]:
+    read: Callable[[int], T], key: tuple[int, int], *, seed: int, count: int, bad_images: BadImages
+) -> tuple[int, T]:
     """Return an image, or the first usable one of a sequence that (seed, epoch, index) set, with its index.
 
     Args:

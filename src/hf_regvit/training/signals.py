@@ -83,13 +83,13 @@ class StopSignals(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Create a CPU process group if the processes only have one for accelerators."""
         self.stopped_by, self._tells = None, state.is_world_process_zero
         if num_processes() > 1 and self._group is None:
             self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Save and stop on all processes if one of them was signaled."""
         flag = torch.tensor([[None, *_STOPS].index(self.received)])
         if num_processes() > 1:
@@ -119,7 +119,7 @@ class WorkerDeaths:
         self._waiting = False
         self._error: RuntimeError | None = None
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         try:
             self._inner(number, frame)
         except RuntimeError as error:

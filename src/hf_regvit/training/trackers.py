@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import numpy as np
@@ -50,7 +51,7 @@ class Trackers:
                 for event in [event for event in dir(callback) if event.startswith("on_")]:
                     setattr(callback, event, partial(self._call, name, event, getattr(callback, event)))
 
-    def _call(self, name: str, event: str, act: Callable, *args: Any, **kwargs: Any) -> None:
+    def _call(self, name: str, event: str, act: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         """Call a tracker that has not failed, and log a failure."""
         if event == "on_train_end":  # would close the tracker before there is a result
             self._ends.append(partial(self._call, name, "end", act, *args, **kwargs))
@@ -111,7 +112,7 @@ def _to_tensorboard(writer: Any, key: str, step: int, files: Sequence[Path]) -> 
     writer.flush()
 
 
-def _to_library(library: Any, title: str, key: str, step: int, files: Sequence[Path]) -> None:
+def _to_library(library: ModuleType, title: str, key: str, step: int, files: Sequence[Path]) -> None:
     """Log to trackio or Weights & Biases, which have the same functions."""
     by_transformers = library.__name__ == "wandb" and os.getenv("WANDB_LOG_MODEL", "").lower() in ("end", "checkpoint")
     if key.startswith("figures/"):

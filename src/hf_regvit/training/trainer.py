@@ -4,7 +4,7 @@ import itertools
 import logging
 import operator
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from .arguments import RunArguments
 from .callbacks import Observer, TrainingProgress
@@ -27,6 +28,8 @@ from .trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
+Collator = Callable[[list[Any]], dict[str, Tensor]]  # from items of a data set to a batch
+
 # Options of `DataLoader`, in Trainer with the prefix "dataloader_".
 _LOADER_OPTIONS = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context")
 
@@ -37,7 +40,9 @@ class StepSeeds(TrainerCallback):
     So they differ between processes, do not depend on draws of observers, and are resumable without stored state.
     """
 
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Seed torch's generators of this process."""
         entropy = np.random.SeedSequence([args.seed, state.global_step, args.process_index])
         seed = int(entropy.generate_state(1, np.uint64)[0])
@@ -50,9 +55,9 @@ class StepSeeds(TrainerCallback):
 class _Batches:
     """Source of the batches of an epoch: the iterator of Trainer, or its replacement after a worker restart."""
 
-    of_epoch: Any
+    of_epoch: Iterator[dict[str, Tensor]]
     source: Iterator[dict[str, Tensor]]
-    dataset: Any
+    dataset: Dataset
     failed: bool = False
 
 
@@ -84,6 +89,7 @@ class RunTrainer(CheckpointedTrainer):
         ValueError: If one process has several GPUs (`DataParallel`).
     """
 
+    train_dataset: Dataset  # Trainer declares a wider type
     fixed_options: tuple[str, ...] = ()
 
     def __init__(
@@ -92,7 +98,7 @@ class RunTrainer(CheckpointedTrainer):
         args: RunArguments,
         *,
         train_dataset: Dataset,
-        train_collator: Any,
+        train_collator: Collator,
         sampler: EpochSampler | StreamSampler,
         names: Sequence[object] = (),
         rules: StepSeeds | None = None,
@@ -144,15 +150,15 @@ class RunTrainer(CheckpointedTrainer):
             self.optimizer = optimizer_class(self.parameter_groups(), **options)
         return self.optimizer
 
-    def training_data(self) -> tuple[Dataset, Any]:
+    def training_data(self) -> tuple[Dataset, Collator]:
         """Return the data set and the collator of the current step."""
-        return cast(Dataset, self.train_dataset), self.train_collator
+        return self.train_dataset, self.train_collator
 
     def get_train_dataloader(self) -> DataLoader:
         """Return a loader of batches in the order of the sampler, distributed over the processes."""
-        return self._data_loader(self.sampler, cast(Dataset, self.train_dataset), self.train_collator)
+        return self._data_loader(self.sampler, self.train_dataset, self.train_collator)
 
-    def _data_loader(self, sampler: EpochSampler | StreamSampler, dataset: Dataset, collator: Any) -> DataLoader:
+    def _data_loader(self, sampler: EpochSampler | StreamSampler, dataset: Dataset, collator: Collator) -> DataLoader:
         args = self.args
         loader = DataLoader(
             dataset,
@@ -170,7 +176,7 @@ class RunTrainer(CheckpointedTrainer):
             return prepare_data_loader(loader, self.accelerator.device, num_processes=1, put_on_device=True)
         return self.accelerator.prepare(loader)
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """Return the micro-batches of one step; measure the waiting time and restart failed workers once.
 
         Raises:
@@ -278,10 +284,12 @@ class RunTrainer(CheckpointedTrainer):
         self._position = (operator.index(position[0]), operator.index(position[1])) if position else None
         self._seconds_before = 0.0 + saved.get("seconds", 0.0)
 
-    def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
+    def set_initial_training_values(
+        self, args: TrainingArguments, dataloader: DataLoader
+    ) -> tuple[int, int, int, int, int, int | None, int]:
         """Return Trainer's initial values, with enough epochs for a resumed run, which ends by its step count."""
-        epochs, *others = super().set_initial_training_values(args, dataloader)
-        return (epochs + (self._position[0] + 1 if self._position else 0), *others)
+        values = super().set_initial_training_values(args, dataloader)
+        return (values[0] + (self._position[0] + 1 if self._position else 0), *values[1:])
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         start = super()._init_training_state(max_steps, *args, **kwargs)
@@ -311,7 +319,7 @@ class RunTrainer(CheckpointedTrainer):
         self.guard.see_gradients({"model": torch.as_tensor(full_tensor(norm))})
         return norm
 
-    def train(self, resume_from_checkpoint: str | bool | None = None) -> Any:  # type: ignore[override]
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:  # type: ignore[override]
         """Train, and report an out-of-memory error with advice.
 
         Raises:
