@@ -361,6 +361,15 @@ def test_no_augmentation_is_the_processor_itself(tmp_path):
         assert torch.equal(validation[index]["pixel_values"], wanted)
 
 
+def test_without_normalization_augmented_images_have_the_values_of_evaluated_ones(tmp_path):
+    task = ImageClassification(arguments(tmp_path, augmentation="crop"), source(6), source(6))
+    processor = open_for_task(task.args, task, backbone()).processor
+    processor.do_normalize, processor.image_mean, processor.image_std = False, None, None
+    train, validation = task.datasets(processor)
+    for pixels in (train[0, 0, 0]["pixel_values"], validation[0]["pixel_values"]):
+        assert 0 <= pixels.min() < pixels.max() <= 1
+
+
 def test_every_option_of_the_augmentation_reaches_it(tmp_path):
     mean, std = (0.5, 0.25, 0.125), (0.3, 0.2, 0.1)
 
@@ -521,7 +530,7 @@ def test_the_mode_says_what_moves(tmp_path, mode):
 def test_merged_updates_give_the_numbers_of_the_trained_model(tmp_path):
     network, args, _ = opened(tmp_path, mode="lora", lora_target_modules=["qkv", "fc1"])
     plain = copy.deepcopy(network)
-    network = choose_trained(network, args, new_registers=False)
+    choose_trained(network, args, new_registers=False)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in network.named_parameters():
         if "lora_B" in name:

@@ -159,6 +159,20 @@ def test_evaluation_scores_at_the_size_of_each_mask(segmentation):
     assert counted == int((batch["labels"] != 255).sum())
 
 
+def test_maps_of_an_accelerator_are_scored(segmentation):
+    class OnAccelerator(torch.Tensor):
+        def __array__(self, *args, **kwargs):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy.")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    mask = torch.tensor([[[0, 1], [1, 255]]], dtype=torch.uint8)
+    segmentation.start_metrics()
+    segmentation.update_metrics(mask.clamp(max=1).as_subclass(OnAccelerator), mask.as_subclass(OnAccelerator))
+    assert segmentation.compute_metrics()["mean_iou"] == 1
+
+
 def test_training_items_depend_on_epoch_and_image_alone(segmentation):
     processor = dense_processor(default_image_processor(32), (32, 40))
     train, _ = segmentation.datasets(processor)

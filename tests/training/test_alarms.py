@@ -133,7 +133,7 @@ def test_f55_the_process_with_the_nan_is_named(tmp_path, monkeypatch):
 
     guard, args, state = guard_with(tmp_path, [1.0], math.nan)  # the backward pass has spread the NaN
     args.world_size = 2
-    other = json.loads(json.dumps(guard._record(args, state, {})))
+    other = json.loads(json.dumps(guard._record(args.process_index)))
     other |= {"rank": 1}
     other["micro_batches"][0] |= {"sample_ids": [8, 9], "terms": {"loss": "nan"}}
     monkeypatch.setattr(

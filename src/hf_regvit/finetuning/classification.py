@@ -13,15 +13,16 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.source import ImageRecord, ImageSource
 from ..evaluation.intervals import wilson_interval
 from ..figures.masks import confusion_figure
 from ..models.modeling_regvit import RegViTForImageClassification
+from ..models.processing import statistics_of
 from .arguments import FinetuningArguments
-from .data import IGNORED, Item, MixingCollator, class_weights, open_data, processed, stack
+from .data import IGNORED, Item, MixingCollator, class_weights, open_data, output_size, processed, stack
 from .tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class ClassificationItem:
         transform: Augmentation, in place of the processor.
     """
 
-    def __init__(self, processor: Any, transform: Callable[[Image.Image], Tensor] | None = None) -> None:
+    def __init__(self, processor: BaseImageProcessor, transform: nn.Module | None = None) -> None:
         self.processor, self.transform = processor, transform
 
     def __call__(self, record: ImageRecord, index: int) -> Item:
@@ -81,22 +82,6 @@ class ClassificationItem:
     def blank(self) -> Item:
         """Return a placeholder for an unusable image."""
         return {"pixel_values": torch.zeros(3, *output_size(self.processor)), "labels": IGNORED}
-
-
-def output_size(processor: Any) -> tuple[int, int]:
-    """Return the (height, width) of a processor's output.
-
-    Raises:
-        ValueError: The output size depends on the image.
-    """
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    height, width = (size.get(name) if hasattr(size, "get") else getattr(size, name) for name in ("height", "width"))
-    if not height or not width:
-        raise ValueError(
-            f"The image processor returns images of different sizes (size {dict(size)}, no center crop), which cannot "
-            "be batched. Set --image_size."
-        )
-    return int(height), int(width)
 
 
 # ---- Loss and metrics --------------------------------------------------------------------------------------------
@@ -221,15 +206,15 @@ class ImageClassification(Task):
         """Return the class names, and the pooling of the head if it was given."""
         return super().config_fields() | ({"pooling": self.args.pooling} if self.args.pooling else {})
 
-    def train_item(self, processor: Any) -> ClassificationItem:
+    def train_item(self, processor: BaseImageProcessor) -> ClassificationItem:
         """Return the augmentation of a training image."""
         size = output_size(processor)[0]
         if self.args.augmentation == "none":
             return ClassificationItem(processor)
-        statistics = {"mean": processor.image_mean, "std": processor.image_std}
-        return ClassificationItem(processor, training_transform(self.args, image_size=size, **statistics))
+        mean, std = statistics_of(processor)
+        return ClassificationItem(processor, training_transform(self.args, image_size=size, mean=mean, std=std))
 
-    def evaluation_item(self, processor: Any) -> ClassificationItem:
+    def evaluation_item(self, processor: BaseImageProcessor) -> ClassificationItem:
         """Return the preprocessing of a validation image, exactly as the saved processor does it."""
         return ClassificationItem(processor)
 
@@ -241,7 +226,7 @@ class ImageClassification(Task):
         alphas = args.subset("mixup_alpha", "cutmix_alpha")
         return MixingCollator(len(self.names), probability=args.mixup_probability, seed=args.seed, **alphas)
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and the outputs of one batch; evaluation uses no smoothing and no weights."""
         labels = batch["labels"]
         outputs = model(pixel_values=batch["pixel_values"])
@@ -264,7 +249,7 @@ class ImageClassification(Task):
         """Reset the metrics."""
         self._metrics = ClassificationMetrics(len(self.names))
 
-    def update_metrics(self, predictions: Any, labels: Any) -> None:
+    def update_metrics(self, predictions: Tensor, labels: Tensor) -> None:
         """Add one gathered batch."""
         self._metrics.update(predictions, labels)
 
@@ -277,7 +262,7 @@ class ImageClassification(Task):
         """Return the Wilson interval of the accuracy."""
         return {"accuracy": (self._last["accuracy_low"], self._last["accuracy_high"])}
 
-    def write_panels(self, folder: Path, model: nn.Module, processor: Any) -> dict[str, str]:
+    def write_panels(self, folder: Path, model: nn.Module, processor: BaseImageProcessor) -> dict[str, str]:
         """Write the confusion matrix of the last evaluation as PNG and CSV; return the titles of the figures."""
         from ..figures.maps import save_figure
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.bad_images import BadImages
 from ..data.decoding import BadImageError
@@ -138,9 +139,26 @@ class EvaluationItem(Protocol):
         """Return a placeholder for an unusable image: pixels of the right shape, a target that the metrics ignore."""
 
 
-def processed(processor: Any, image: Image.Image) -> Tensor:
+def processed(processor: BaseImageProcessor, image: Image.Image) -> Tensor:
     """Return the processed pixels of one image, (3, H, W)."""
     return processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
+def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
+    """Return the (height, width) of a processor's output.
+
+    Raises:
+        ValueError: The output size depends on the image.
+    """
+    fields: Any = processor  # its base class does not declare them
+    size = fields.crop_size if getattr(fields, "do_center_crop", False) else fields.size
+    height, width = (size.get(name) if hasattr(size, "get") else getattr(size, name) for name in ("height", "width"))
+    if not height or not width:
+        raise ValueError(
+            f"The image processor returns images of different sizes (size {dict(size)}, no center crop), which cannot "
+            "be batched. Set --image_size."
+        )
+    return int(height), int(width)
 
 
 class TrainImages(Dataset[Item]):

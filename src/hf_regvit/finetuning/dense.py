@@ -8,7 +8,7 @@ Shape letters: B images, C classes, (h, w) input of the model, (H, W) pixels of 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.joint_transform import JointTransform, resize_map
 from ..data.maps import IGNORE, Array, DenseSource, TargetReport, check_targets, image_size, read_class_names
@@ -25,10 +26,10 @@ from ..evaluation.intervals import bootstrap_interval
 from ..figures.masks import depth_figure, mask_figure
 from ..models.configuration_regvit import RegViTConfig
 from ..models.modeling_regvit import RegViTForDepthEstimation, RegViTForSemanticSegmentation, scale_invariant_log_loss
-from ..models.processing import dense_processor
+from ..models.processing import dense_processor, statistics_of
 from ..training.distributed import SharedBatchNorm
 from .arguments import FinetuningArguments
-from .data import Item, class_weights, open_data, processed
+from .data import Item, class_weights, open_data, output_size, processed
 from .tasks import Task
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def typical_size(source: DenseSource, shorter: int, patch: tuple[int, int]) -> t
 class DenseTrainItem:
     """Conversion of an image and its map to a training item; a class, so that spawned workers can pickle it."""
 
-    def __init__(self, source: DenseSource, transform: JointTransform | None, processor: Any) -> None:
+    def __init__(self, source: DenseSource, transform: JointTransform | None, processor: BaseImageProcessor) -> None:
         self.source, self.transform, self.processor = source, transform, processor
 
     def __call__(self, record: ImageRecord, index: int) -> Item:
@@ -84,9 +85,7 @@ class DenseTrainItem:
         rng = np.random.default_rng(int(torch.randint(2**62, ()).item()))
         picture, target, inside = self.transform(record.image, target, rng)
         values = torch.from_numpy(picture).permute(2, 0, 1).float() / 255  # (3, h, w)
-        mean, std = (
-            torch.tensor(list(v))[:, None, None] for v in (self.processor.image_mean, self.processor.image_std)
-        )
+        mean, std = (torch.tensor(value)[:, None, None] for value in statistics_of(self.processor))
         values = (values - mean) / std * torch.from_numpy(inside)  # padding is 0 after normalization
         return {"pixel_values": values, "labels": torch.from_numpy(target)}
 
@@ -98,7 +97,7 @@ class DenseEvalItem:
     holds their original (height, width).
     """
 
-    def __init__(self, source: DenseSource, processor: Any, *, left_out: Sequence[int] = ()) -> None:
+    def __init__(self, source: DenseSource, processor: BaseImageProcessor, *, left_out: Sequence[int] = ()) -> None:
         self.source, self.processor, self.left_out = source, processor, tuple(left_out)
         sizes = [image_size(source, index) for index in range(len(source))]
         self.largest = max(height for _, height in sizes), max(width for width, _ in sizes)
@@ -125,7 +124,7 @@ class DenseEvalItem:
         masks = self.source.kind == "masks"
         nothing = np.full((1, 1), IGNORE, dtype=np.uint8) if masks else np.zeros((1, 1), dtype=np.float32)
         return {
-            "pixel_values": torch.zeros(3, self.processor.size["height"], self.processor.size["width"]),
+            "pixel_values": torch.zeros(3, *output_size(self.processor)),
             "labels": self._padded(nothing),
             "sizes": torch.tensor(nothing.shape),
         }
@@ -180,20 +179,19 @@ class _DenseTask(Task, Protocol):
 
     # What they share.
 
-    def image_processor(self, processor: Any, config: RegViTConfig) -> Any:
+    def image_processor(self, processor: BaseImageProcessor, config: RegViTConfig) -> BaseImageProcessor:
         """Return a processor with one size for all images, in the median aspect ratio of the training images."""
         shorter = self.args.image_size or min(config.image_shape)
         size = self._read_at = typical_size(self.train, shorter, config.patch_shape)
         logger.info("Images are resized to %d x %d pixels (height x width).", *size)
         return dense_processor(processor, size)
 
-    def train_item(self, processor: Any) -> DenseTrainItem:
+    def train_item(self, processor: BaseImageProcessor) -> DenseTrainItem:
         """Return the augmentation of a training image and its map."""
-        size = processor.size["height"], processor.size["width"]
-        transform = None if self.args.augmentation == "none" else self._transform(size)
+        transform = None if self.args.augmentation == "none" else self._transform(output_size(processor))
         return DenseTrainItem(self.train, transform, processor)
 
-    def evaluation_item(self, processor: Any) -> DenseEvalItem:
+    def evaluation_item(self, processor: BaseImageProcessor) -> DenseEvalItem:
         """Return the preprocessing of a validation image and its map."""
         left_out: list[int] = []
         if self.args.ignore_extra_classes:
@@ -205,7 +203,7 @@ class _DenseTask(Task, Protocol):
         """Return the class names or the largest depth, and the blocks that the head reads if they were given."""
         return self._target_fields() | ({"head_layers": self.args.head_layers} if self.args.head_layers else {})
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of one batch and, in evaluation, predictions at the size of each target."""
         maps, labels = self._maps(model, batch["pixel_values"]), batch["labels"]
         if training:
@@ -222,9 +220,9 @@ class _DenseTask(Task, Protocol):
         """Reset the metrics."""
         self._metric, self._rows = self._new_metric(), []
 
-    def update_metrics(self, predictions: Any, labels: Any) -> None:
+    def update_metrics(self, predictions: Tensor, labels: Tensor) -> None:
         """Add one gathered batch, image by image."""
-        for one, truth in zip(np.asarray(predictions), np.asarray(labels), strict=True):
+        for one, truth in zip(predictions, labels, strict=True):
             self._metric.add(prediction=one, reference=truth)
             self._rows += [row for row in self._metric.reduce([one], [truth]) if np.any(row)]
 
@@ -243,7 +241,7 @@ class _DenseTask(Task, Protocol):
 
         return {name: interval(name) for name in self.measures} if len(rows) > 1 else {}
 
-    def write_panels(self, folder: Path, model: nn.Module, processor: Any) -> dict[str, str]:
+    def write_panels(self, folder: Path, model: nn.Module, processor: BaseImageProcessor) -> dict[str, str]:
         """Write a figure with image, ground truth and prediction of some evenly spaced validation images."""
         from ..figures.maps import save_figure
 
@@ -313,18 +311,18 @@ class SemanticSegmentation(_DenseTask):
                 args.per_device_train_batch_size * args.world_size, args.images_per_step,
             )  # fmt: skip
 
-    def for_several_processes(self, network: Any) -> Any:
+    def for_several_processes(self, network: nn.Module) -> None:
         """Replace the batch norm of the head by one with statistics over all processes."""
-        own = network.head_norm
+        own: Any = network.head_norm
         shared = SharedBatchNorm(own.num_features, eps=own.eps, momentum=own.momentum).to(own.weight)
         shared.load_state_dict(own.state_dict())
         for name, parameter in own.named_parameters():
             shared.get_parameter(name).requires_grad_(parameter.requires_grad)
         network.head_norm = shared.train(own.training)
-        return network
 
     def _options(self) -> dict[str, Any]:
-        args, names = self.args, cast(Any, self.args.class_names)
+        args = self.args
+        names: Mapping[int, str] | Sequence[str] | None = args.class_names
         if names and len(names) == 1 and names[0].endswith(".json"):
             names = read_class_names(names[0])
         return {"class_names": names, "ignore_values": args.ignore_values, "reduce_labels": args.do_reduce_labels}
@@ -403,7 +401,7 @@ class DepthEstimation(_DenseTask):
     def _target_fields(self) -> dict[str, Any]:
         return {"max_depth": self.args.max_depth}
 
-    def fits_head(self, config: Any) -> bool:
+    def fits_head(self, config: RegViTConfig) -> bool:
         """Return True if a head with this configuration has bins for the same depths."""
         return config.max_depth == self.args.max_depth
 

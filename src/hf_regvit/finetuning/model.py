@@ -3,14 +3,15 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..models.configuration_regvit import RegViTConfig
 from ..models.loading import fit_positions, open_regvit
-from ..models.modeling_regvit import RegViTModel
+from ..models.modeling_regvit import RegViTModel, RegViTPreTrainedModel
 from ..models.processing import (
     default_image_processor,
     known_processor,
@@ -34,8 +35,8 @@ class OpenedModel:
         new_registers: True if registers were added.
     """
 
-    network: nn.Module
-    processor: Any
+    network: RegViTPreTrainedModel
+    processor: BaseImageProcessor
     changes: list[str]
     new_registers: bool
 
@@ -87,8 +88,9 @@ def open_for_task(args: FinetuningArguments, task: Task, model: RegViTConfig | n
     set_seed(args.seed)
     network = task.model_class(whole)
     processor = task.image_processor(processor, whole)
-    own = network.regvit.state_dict()
-    network.regvit.load_state_dict({name: value for name, value in backbone.state_dict().items() if name in own})
+    tower = network.get_submodule("regvit")
+    own = tower.state_dict()
+    tower.load_state_dict({name: value for name, value in backbone.state_dict().items() if name in own})
     if head and task.fits_head(head["config"]) and _same_shapes(network, head["state"]):
         network.load_state_dict(head["state"], strict=False)
         changes.append("Its head matches the task and is kept.")
@@ -97,7 +99,7 @@ def open_for_task(args: FinetuningArguments, task: Task, model: RegViTConfig | n
     return OpenedModel(network.train(), processor, changes, new_registers)
 
 
-def _open_source(args: FinetuningArguments) -> tuple[Any, Any]:
+def _open_source(args: FinetuningArguments) -> tuple[nn.Module | RegViTConfig, Any]:
     """Return the model or configuration that the arguments name, and its image processor."""
     source = args.model_name_or_path
     if source is None:
@@ -115,17 +117,18 @@ def _open_source(args: FinetuningArguments) -> tuple[Any, Any]:
     return model, processor
 
 
-def _backbone_and_head(source: Any, *, seed: int) -> tuple[RegViTModel, dict[str, Any]]:
+def _backbone_and_head(source: nn.Module | RegViTConfig, *, seed: int) -> tuple[RegViTModel, dict[str, Any]]:
     """Return a copy of the backbone, and the state and configuration of its head, if any."""
     if isinstance(source, RegViTConfig):
         set_seed(seed)
         return RegViTModel(copy.deepcopy(source), add_pooling_layer=False), {}
     if isinstance(source, RegViTModel):
         return copy.deepcopy(source), {}
-    if not isinstance(getattr(source, "regvit", None), RegViTModel):
+    backbone = getattr(source, "regvit", None)
+    if not isinstance(backbone, RegViTModel):
         raise TypeError(f"model is a {type(source).__name__}. Pass a RegViT of any class or a RegViTConfig.")
     state = {name: value.clone() for name, value in source.state_dict().items() if not name.startswith("regvit.")}
-    return copy.deepcopy(source.regvit), {"state": state, "config": source.config}
+    return copy.deepcopy(backbone), {"state": state, "config": source.config}
 
 
 def _same_shapes(network: nn.Module, state: Mapping[str, Tensor]) -> bool:
@@ -133,8 +136,8 @@ def _same_shapes(network: nn.Module, state: Mapping[str, Tensor]) -> bool:
     return own == {name: value.shape for name, value in state.items()}
 
 
-def choose_trained(network: nn.Module, args: FinetuningArguments, *, new_registers: bool) -> nn.Module:
-    """Freeze the parameters that the mode does not train, insert low-rank updates, and return the network.
+def choose_trained(network: nn.Module, args: FinetuningArguments, *, new_registers: bool) -> None:
+    """Freeze the parameters that the mode does not train, and insert low-rank updates, in place.
 
     Added registers are trained in every mode, because untrained registers would remain noise.
 
@@ -143,21 +146,20 @@ def choose_trained(network: nn.Module, args: FinetuningArguments, *, new_registe
         ValueError: `lora_target_modules` names an unknown linear layer.
     """
     if args.mode == "full":
-        return network
+        return
     network.requires_grad_(False)
     if args.mode == "lora":
-        network = inject_lora(network, args, blocks="regvit.layers")
+        inject_lora(network, args, blocks="regvit.layers")
     for name, parameter in network.named_parameters():
         is_head = not name.startswith("regvit.")
         if is_head or (new_registers and name.endswith("register_tokens")):
             parameter.requires_grad_(True)
-    return network
 
 
 def whole_model(
-    state: Mapping[str, Tensor], trained: nn.Module, task: Task, args: FinetuningArguments
+    state: Mapping[str, Tensor], trained: RegViTPreTrainedModel, task: Task, args: FinetuningArguments
 ) -> PreTrainedModel:
     """Return a plain model with the tensors of a trained one, low-rank updates merged."""
-    result = task.model_class(copy.deepcopy(cast(Any, trained).config))
+    result = task.model_class(copy.deepcopy(trained.config))
     result.load_state_dict(merged_state(state, scale=args.lora_alpha / args.lora_r))
     return result.eval()

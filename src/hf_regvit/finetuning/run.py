@@ -86,15 +86,15 @@ def finetune(
         if task is None:
             task = _make_task(args)
         opened = open_for_task(args, task, model)
-        processor, changes = opened.processor, opened.changes
-        network = choose_trained(opened.network, args, new_registers=opened.new_registers)
+        network = opened.network
+        choose_trained(network, args, new_registers=opened.new_registers)
         if args.world_size > 1:
-            network = task.for_several_processes(network)
+            task.for_several_processes(network)
         if args.process_index == 0:
             start = args.model_name_or_path or (f"preset '{args.preset}'" if model is None else "the given model")
-            logger.info("Starting from %s. %s", start, " ".join(changes))
+            logger.info("Starting from %s. %s", start, " ".join(opened.changes))
         observers = [RunRecord(output, args.resolved()), *callbacks, MetricsFile(output / "metrics.jsonl")]
-        trainer = FinetuningTrainer(network, args, task, processor=processor, callbacks=observers)
+        trainer = FinetuningTrainer(network, args, task, processor=opened.processor, callbacks=observers)
         started = time.perf_counter(), time.process_time()
         try:
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -104,7 +104,7 @@ def finetune(
             raise
         final = _final_evaluation(trainer)
         result = whole_model(whole_state(trainer.model), trainer.model, task, args)
-        report = _report(trainer, final, started) | {"changes": changes}
+        report = _report(trainer, final, started) | {"changes": opened.changes}
         report["parameters"]["result"] = result.num_parameters()
         if trainer.is_world_process_zero():
             with trainer.writing_result():
@@ -115,8 +115,6 @@ def finetune(
 
 
 def _make_task(args: FinetuningArguments) -> Task:
-    if args.task not in TASKS:
-        raise ValueError(f"Unknown task '{args.task}'. Choose from {', '.join(TASKS)}.")
     entry = TASKS[args.task]
     known, metric = (*entry.metrics, "loss"), str(args.metric_for_best_model)
     plain = metric.removeprefix("eval_")

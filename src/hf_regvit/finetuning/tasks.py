@@ -6,9 +6,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.source import ImageSource
 from ..models.configuration_regvit import RegViTConfig
+from ..models.modeling_regvit import RegViTPreTrainedModel
 from .arguments import FinetuningArguments
 from .data import EvaluationImages, EvaluationItem, Item, Make, TrainImages, bad_images, stack
 
@@ -29,7 +31,7 @@ class Task(Protocol):
     """
 
     name: str
-    model_class: Any
+    model_class: type[RegViTPreTrainedModel]
     shown: Sequence[str]
     args: FinetuningArguments
     names: Sequence[str] = ()
@@ -43,27 +45,26 @@ class Task(Protocol):
         names = self.names
         return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
 
-    def fits_head(self, config: Any) -> bool:
+    def fits_head(self, config: RegViTConfig) -> bool:
         """Return True if a head with this configuration can be reused; by default if it has the same classes."""
-        return [config.id2label.get(i) for i in range(config.num_labels)] == list(self.names)
+        return config.id2label == dict(enumerate(self.names))
 
-    def image_processor(self, processor: Any, config: RegViTConfig) -> Any:
+    def image_processor(self, processor: BaseImageProcessor, config: RegViTConfig) -> BaseImageProcessor:
         """Return the processor to train with and to save; by default that of the model."""
         return processor
 
-    def for_several_processes(self, network: Any) -> Any:
-        """Return the network adapted to training with several processes; by default unchanged."""
-        return network
+    def for_several_processes(self, network: nn.Module) -> None:
+        """Adapt the network to training with several processes, in place; by default it stays as it is."""
 
     # The data.
 
-    def train_item(self, processor: Any) -> Make:
+    def train_item(self, processor: BaseImageProcessor) -> Make:
         """Return the function that turns an image and its index into a training item; workers pickle it."""
 
-    def evaluation_item(self, processor: Any) -> EvaluationItem:
+    def evaluation_item(self, processor: BaseImageProcessor) -> EvaluationItem:
         """Return the function that turns an image and its index into an evaluation item, exactly as the processor."""
 
-    def datasets(self, processor: Any) -> tuple[Dataset, Dataset | None]:
+    def datasets(self, processor: BaseImageProcessor) -> tuple[Dataset, Dataset | None]:
         """Return training images, indexed by the keys of `EpochSampler`, and validation images in order."""
         guard = bad_images(self.args, self.train)
         train = TrainImages(self.train, self.train_item(processor), seed=self.args.seed, bad_images=guard)
@@ -78,7 +79,7 @@ class Task(Protocol):
 
     # Loss and metrics.
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and the outputs of one batch; in evaluation `logits` may hold the prediction instead."""
 
     def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -88,8 +89,8 @@ class Task(Protocol):
     def start_metrics(self) -> None:
         """Reset the metrics; called before every evaluation."""
 
-    def update_metrics(self, predictions: Any, labels: Any) -> None:
-        """Add one batch, gathered from all processes, as arrays."""
+    def update_metrics(self, predictions: Tensor, labels: Tensor) -> None:
+        """Add one batch, gathered from all processes."""
 
     def compute_metrics(self) -> dict[str, float]:
         """Return the metrics after the last batch; Trainer prepends "eval_" to their names."""
@@ -99,7 +100,7 @@ class Task(Protocol):
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Return 95 % confidence intervals over the validation images for metrics of the last evaluation."""
 
-    def write_panels(self, folder: Path, model: nn.Module, processor: Any) -> dict[str, str]:
+    def write_panels(self, folder: Path, model: nn.Module, processor: BaseImageProcessor) -> dict[str, str]:
         """Write figures of the last evaluation to the result folder; return their titles by file name."""
 
     def describe(self) -> dict[str, str]:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..hub.facts import finetuning_facts, public_recipe
 from ..models.manifest import STATE, WEIGHTS, verify_checkpoint
+from ..models.modeling_regvit import RegViTPreTrainedModel
 from ..training.callbacks import TrainingProgress
 from ..training.distributed import from_first
 from ..training.finite import without_ids
@@ -38,16 +39,17 @@ class FinetuningTrainer(RunTrainer):
         callbacks: Additional trainer callbacks.
     """
 
+    model: RegViTPreTrainedModel
     args: FinetuningArguments
     fixed_options = ("task", "mode", "lora_r", "lora_target_modules")
 
     def __init__(
         self,
-        model: nn.Module,
+        model: RegViTPreTrainedModel,
         args: FinetuningArguments,
         task: Task,
         *,
-        processor: Any,
+        processor: BaseImageProcessor,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.task, self.evaluations = task, 0
@@ -68,13 +70,13 @@ class FinetuningTrainer(RunTrainer):
             callbacks=[*([stopping] if args.early_stopping_patience else []), *callbacks],
             progress=TrainingProgress(metric=str(args.metric_for_best_model)),
             image_processor=processor,
-            eval_dataset=cast(Dataset, validation),
+            eval_dataset=validation,
             data_collator=stack,
-            compute_metrics=cast(Any, self._measure),
+            compute_metrics=self._measure,
             preprocess_logits_for_metrics=task.reduce,
         )
 
-    def _measure(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+    def _measure(self, prediction: Any, compute_result: bool = True) -> dict[str, float]:
         self.task.update_metrics(prediction.predictions, prediction.label_ids)
         return self.task.compute_metrics() if compute_result else {}
 
@@ -96,7 +98,7 @@ class FinetuningTrainer(RunTrainer):
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, *args: Any, **kwargs: Any
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Return the task's loss; `FiniteGuard` checks once per step over all processes that it is finite."""
         loss, outputs = self.task.loss(model, without_ids(inputs), training=self.model.training)
         if self.model.training:
@@ -140,13 +142,13 @@ class FinetuningTrainer(RunTrainer):
         return {name: fingerprint(part) for name, part in parts.items() if part is not None}
 
 
-def optimizer_groups(model: nn.Module, args: FinetuningArguments) -> list[dict[str, Any]]:
+def optimizer_groups(model: RegViTPreTrainedModel, args: FinetuningArguments) -> list[dict[str, Any]]:
     """Group the trained parameters by learning rate and weight decay; only matrices decay.
 
     Source: layer-wise decay as in BEiT (arXiv 2106.08254); choice of decayed parameters as in timm and DeiT.
     """
     trained = {n.replace("regvit.", "backbone.", 1): p for n, p in model.named_parameters() if p.requires_grad}
-    num_layers = cast(Any, model).config.num_hidden_layers
+    num_layers = model.config.num_hidden_layers
     entries = []
     for name, rule in parameter_rules(trained, num_layers=num_layers, layer_decay=args.layer_decay).items():
         if name.endswith(_TOKENS):

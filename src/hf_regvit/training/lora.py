@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-def inject_lora(network: nn.Module, args: LoraArguments, *, blocks: str) -> nn.Module:
+def inject_lora(network: nn.Module, args: LoraArguments, *, blocks: str) -> None:
     """Insert low-rank updates into the selected linear layers, in place; the class of the network does not change.
 
     Only the updates are trainable afterwards. Before the first step they are zero.
@@ -41,7 +41,7 @@ def inject_lora(network: nn.Module, args: LoraArguments, *, blocks: str) -> nn.M
         raise ValueError(
             f"lora_target_modules names {unknown}, which the blocks do not have. Choose from {sorted(linear)}."
         )
-    return inject_adapter_in_model(_configuration(args, blocks), network)
+    inject_adapter_in_model(_configuration(args, blocks), network)
 
 
 def _configuration(args: LoraArguments, blocks: str, **fields: Any) -> "LoraConfig":
