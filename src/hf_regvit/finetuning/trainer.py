@@ -41,6 +41,7 @@ class FinetuningTrainer(RunTrainer):
 
     model: RegViTPreTrainedModel
     args: FinetuningArguments
+    image_processor: BaseImageProcessor
     fixed_options = ("task", "mode", "lora_r", "lora_target_modules")
 
     def __init__(

@@ -8,12 +8,12 @@ changes no order of cosines, so neither ranking nor zero-shot classification nee
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..models.configuration_regvit import RegViTConfig
 from ..models.loading import fit_positions, open_backbone
@@ -24,6 +24,8 @@ from .arguments import ImageTextArguments
 
 # The ids are 0 to 3. CLIPTextModel takes an end token with the id 2 for that of an old checkpoint.
 _PAD, _START, _UNKNOWN, _END = _SPECIAL = ["<|pad|>", "<|start|>", "<|unknown|>", "<|end|>"]
+
+TextModel = tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]
 
 
 class ImageTextNetwork(nn.Module):
@@ -74,7 +76,7 @@ def build_network(
     return ImageTextNetwork(encoder, args.loss), VisionTextDualEncoderProcessor(image_processor, tokenizer)
 
 
-def _vision_model(args: ImageTextArguments) -> tuple[RegViTModel, Any]:
+def _vision_model(args: ImageTextArguments) -> tuple[RegViTModel, BaseImageProcessor]:
     """Return the vision model and its image processor."""
     if args.init_from is None:
         fields = args.subset("image_size", "patch_size", "num_register_tokens", "layerscale_value")
@@ -90,7 +92,7 @@ def _vision_model(args: ImageTextArguments) -> tuple[RegViTModel, Any]:
     return tower, resized_processor(tower.image_processor, args.image_size)
 
 
-def _new_text_model(args: ImageTextArguments, texts: Iterable[str]) -> tuple[Any, Any]:
+def _new_text_model(args: ImageTextArguments, texts: Iterable[str]) -> TextModel:
     """Return CLIP's text transformer with random weights, and a byte-level BPE tokenizer trained on the texts."""
     from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 
@@ -111,7 +113,7 @@ def _new_text_model(args: ImageTextArguments, texts: Iterable[str]) -> tuple[Any
     return transformers.CLIPTextModel(config), tokenizer
 
 
-def _open_text_model(args: ImageTextArguments) -> tuple[Any, Any]:
+def _open_text_model(args: ImageTextArguments) -> TextModel:
     """Return a pretrained text encoder and its tokenizer.
 
     Raises:

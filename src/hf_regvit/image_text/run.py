@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, VisionTextDualEncoderProcessor
 
 from ..diagnosis.diagnose import diagnose
 from ..evaluation.run import evaluate_backbone
@@ -86,7 +86,7 @@ def _artifacts(trainer: ImageTextTrainer, reader: TokenReader) -> Record | None:
     return {n: getattr(report, n) for n in names} | {n: layer.get(n) for n in ("median", "max", "register_norms")}
 
 
-def _report(trainer: ImageTextTrainer, processor: object, reader: TokenReader) -> Record:
+def _report(trainer: ImageTextTrainer, processor: VisionTextDualEncoderProcessor, reader: TokenReader) -> Record:
     """Return the content of `result.json` without the diagnosis."""
     args, network, images = trainer.args, trainer.model, trainer.images
     report: Record = {"loss": args.loss, "steps": trainer.state.global_step, "images": len(images.source)}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback, VisionTextDualEncoderProcessor
 
 from ..data.augmentation import normalize_pixels
 from ..training.finite import without_ids
@@ -21,7 +21,7 @@ from .network import ImageTextNetwork
 _TOKENS = ("position_embeddings", "cls_token", "register_tokens")
 
 
-def collate_pairs(tokenizer: Any, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+def collate_pairs(tokenizer: PreTrainedTokenizerBase, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Return `pixel_values` (b, 3, S, S) uint8, the tokens padded to the longest text, and ids."""
     tokens = tokenizer([item["text"] for item in items], padding=True, truncation=True, return_tensors="pt")
     ids = {name: torch.tensor([item[name] for item in items]) for name in ("sample_ids", "epochs")}
@@ -49,7 +49,7 @@ class ImageTextTrainer(RunTrainer):
         args: ImageTextArguments,
         images: CaptionedImages,
         *,
-        processor: Any,
+        processor: VisionTextDualEncoderProcessor,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.images, self._image_processor = images, processor.image_processor

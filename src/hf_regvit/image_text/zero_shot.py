@@ -1,12 +1,12 @@
 """Zero-shot classification: compare images with sentences on the classes."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase, VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
 
 from ..data.source import ImageSource
 from ..evaluation.cache import read_features
@@ -17,7 +17,12 @@ from .captions import class_prompts
 
 
 @torch.no_grad()
-def class_embeddings(encoder: Any, tokenizer: Any, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+def class_embeddings(
+    encoder: VisionTextDualEncoderModel,
+    tokenizer: PreTrainedTokenizerBase,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+) -> Tensor:
     """Return one vector of length 1 per class, (C, D): the normalized mean of the embeddings of its sentences.
 
     Args:
@@ -38,8 +43,8 @@ def class_embeddings(encoder: Any, tokenizer: Any, class_names: Sequence[str], t
 
 @torch.no_grad()
 def zero_shot(
-    encoder: Any,
-    processor: Any,
+    encoder: VisionTextDualEncoderModel,
+    processor: VisionTextDualEncoderProcessor,
     images: ImageSource,
     *,
     templates: Sequence[str] = ("a photo of a {}.",),

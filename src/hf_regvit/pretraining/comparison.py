@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ..evaluation.knn import knn_accuracy
@@ -130,10 +131,10 @@ def _tokens(reader: TokenReader, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masked_patches(
-    images: Sequence[Image.Image], masks: Sequence[np.ndarray], processor: Any, patch: tuple[int, int]
+    images: Sequence[Image.Image], masks: Sequence[np.ndarray], processor: BaseImageProcessor, patch: tuple[int, int]
 ) -> MaskedPatches:
     """Return the pixels of images and the class ids of their patches, after the crop of an image processor."""
-    nearest = copy.deepcopy(processor)
+    nearest: Any = copy.deepcopy(processor)
     nearest.resample = Image.Resampling.NEAREST
     nearest.do_rescale = nearest.do_normalize = False
     labels = []
@@ -157,7 +158,7 @@ class BestTeacher(TrainerCallback):
         last: Latest score.
     """
 
-    def __init__(self, folder: Path, image_processor: Any, metrics: MetricsFile) -> None:
+    def __init__(self, folder: Path, image_processor: BaseImageProcessor, metrics: MetricsFile) -> None:
         self.folder, self.image_processor, self.metrics = folder / BEST, image_processor, metrics
         self.best: tuple[int, float] | None = None
         self.last: float | None = None

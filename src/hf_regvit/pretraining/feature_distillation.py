@@ -12,7 +12,7 @@ Sariyildiz et al., "UNIC" (arXiv 2408.05088), for targets whose channels are sta
 import copy
 import hashlib
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +49,10 @@ class FrozenTeacher:
 
     def __init__(
         self,
-        source: Any,
+        source: str | nn.Module | TokenReader,
         *,
         image_size: int | None = None,
-        device: Any = "auto",
+        device: str | torch.device = "auto",
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:

@@ -10,7 +10,7 @@ Shape letters: n images, D width.
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.decoding import BadImageError
 from ..data.files import stratified_split
@@ -168,7 +170,11 @@ class Panels(Observer):
 
 
 def observers(
-    args: PretrainingArguments, dataset: Any, *, image_processor: Any, start: RegViTModel | None = None
+    args: PretrainingArguments,
+    dataset: Dataset,
+    *,
+    image_processor: BaseImageProcessor,
+    start: RegViTModel | None = None,
 ) -> list[Observer]:
     """Create the observers of a run from its arguments: monitor, panels, k-NN accuracy, comparison with the start.
 
@@ -206,7 +212,7 @@ def observers(
     return found
 
 
-def _processor_like(image_processor: Any, size: int) -> Any:
+def _processor_like(image_processor: BaseImageProcessor, size: int) -> BaseImageProcessor:
     """Return the default image processor for a size, with the statistics of another one."""
     processor = default_image_processor(size)
     processor.image_mean = getattr(image_processor, "image_mean", processor.image_mean)
@@ -214,14 +220,14 @@ def _processor_like(image_processor: Any, size: int) -> Any:
     return processor
 
 
-def sample_pixels(dataset: Any, wanted: int, *, image_processor: Any, size: int) -> Tensor:
+def sample_pixels(dataset: Dataset, wanted: int, *, image_processor: BaseImageProcessor, size: int) -> Tensor:
     """Return normalized pixels `(n, 3, size, size)` of up to `wanted` training images; see `observers`."""
     processor = _processor_like(image_processor, size)
     return _normalized([_cropped(one, processor) for one in _training_images(dataset, wanted)], processor)
 
 
 def _masked_parts(
-    args: PretrainingArguments, processor: Any, patch: tuple[int, int]
+    args: PretrainingArguments, processor: BaseImageProcessor, patch: tuple[int, int]
 ) -> tuple[MaskedPatches, MaskedPatches] | None:
     """Return 48 training and 16 held-out images with classes of patches, if the data is a folder with masks."""
     if args.streaming or len(args.data) > 1 or not has_masks(args.data[0]):
@@ -246,17 +252,17 @@ def _spread(count: int, wanted: int) -> list[int]:
     return [round(index * (count - 1) / max(wanted - 1, 1)) for index in range(wanted)]
 
 
-def _training_images(dataset: Any, wanted: int) -> Iterator[Image.Image]:
+def _training_images(dataset: Dataset, wanted: int) -> Iterator[Image.Image]:
     source: Any = getattr(dataset, "source", None)
     if hasattr(source, "__getitem__"):
         yield from (record.image for record in _readable(source, wanted))
-    elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+    elif isinstance(dataset, Sized):
         yield from (_image_of(dataset[(0, index)]["global_crops"][0]) for index in _spread(len(dataset), wanted))
     elif isinstance(dataset, MultiCropStream):
         yield from (record.image for record in dataset.first_records(wanted))
 
 
-def _readable(source: Any, wanted: int) -> Iterator[ImageRecord]:
+def _readable(source: ImageSource, wanted: int) -> Iterator[ImageRecord]:
     for index in _spread(len(source), wanted):
         try:
             yield source[index]
@@ -272,12 +278,12 @@ def _image_of(crop: Tensor) -> Image.Image:
     return Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
 
 
-def _cropped(image: Image.Image, processor: Any) -> Image.Image:
+def _cropped(image: Image.Image, processor: BaseImageProcessor) -> Image.Image:
     """Return an image after the resizing and cropping of a processor."""
     return _image_of(processor(images=[image], do_rescale=False, do_normalize=False)["pixel_values"][0].byte())
 
 
-def _normalized(shown: Sequence[Image.Image], processor: Any) -> Tensor:
+def _normalized(shown: Sequence[Image.Image], processor: BaseImageProcessor) -> Tensor:
     """Return normalized pixels `(n, 3, H, W)` of cropped images, as the processor makes from the whole images."""
     return processor(images=list(shown), do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
 
@@ -290,7 +296,7 @@ _Crop = Callable[[Iterable[ImageRecord]], list[_Labeled]]
 _Parts = tuple[list[_Labeled], list[_Labeled], bool]
 
 
-def _source_parts(args: PretrainingArguments, dataset: Any, cropped: _Crop) -> _Parts | None:
+def _source_parts(args: PretrainingArguments, dataset: Dataset, cropped: _Crop) -> _Parts | None:
     source: Any = getattr(dataset, "source", None)
     if not getattr(source, "labels", None):
         return None
@@ -333,7 +339,7 @@ def _stream_parts(args: PretrainingArguments, dataset: MultiCropStream, cropped:
 
 
 def backbone_features(
-    backbone: nn.Module, images: Sequence[Image.Image], *, image_processor: Any, batch_size: int = 256
+    backbone: nn.Module, images: Sequence[Image.Image], *, image_processor: BaseImageProcessor, batch_size: int = 256
 ) -> Tensor:
     """Extract the CLS token and the mean patch token of every image, concatenated; registers are not used.
 
@@ -351,9 +357,8 @@ def backbone_features(
     """
     reader, rows = TokenReader(backbone), []
     for start in range(0, len(images), batch_size):
-        batch = [images[index] for index in range(start, min(start + batch_size, len(images)))]
-        pixels = image_processor(images=batch, return_tensors="pt")["pixel_values"]
-        reading = reader.read_final(pixels)
+        batch = list(images[start : start + batch_size])
+        reading = reader.read_final(image_processor(images=batch, return_tensors="pt")["pixel_values"])
         rows.append(torch.cat([reading.summary(), reading.patches().mean(dim=1)], dim=1).float().cpu())
     return torch.cat(rows)
 
@@ -380,7 +385,7 @@ class OnlineKNN(Observer):
         neighbors: Sequence[_Labeled],
         heldout: Sequence[_Labeled],
         *,
-        image_processor: Any,
+        image_processor: BaseImageProcessor,
         every_steps: float,
         k: int = 10,
         linear_probe: bool = False,
@@ -404,15 +409,17 @@ class OnlineKNN(Observer):
         return measured
 
 
-def _knn(args: PretrainingArguments, dataset: Any, image_processor: Any) -> OnlineKNN | None:
+def _knn(args: PretrainingArguments, dataset: Dataset, image_processor: BaseImageProcessor) -> OnlineKNN | None:
     """Create k-NN on the labeled validation split or, if there is none, on a quarter of the training images."""
 
     def cropped(records: Iterable[ImageRecord]) -> list[_Labeled]:
         # Cropped images take little memory, and evaluations need not decode them again.
         return [(_cropped(record.image, image_processor), r) for record in records if (r := record.label) is not None]
 
-    is_stream = isinstance(dataset, MultiCropStream)
-    parts = _stream_parts(args, dataset, cropped) if is_stream else _source_parts(args, dataset, cropped)
+    if isinstance(dataset, MultiCropStream):
+        parts = _stream_parts(args, dataset, cropped)
+    else:
+        parts = _source_parts(args, dataset, cropped)
     if parts is None:
         return None
     neighbors, heldout, is_held_out = parts
@@ -427,7 +434,7 @@ def _knn(args: PretrainingArguments, dataset: Any, image_processor: Any) -> Onli
             "The data has no validation split, so k-NN is evaluated on a quarter of the training images, which the "
             "run sees without their labels."
         )
-    processor = copy.deepcopy(image_processor)
+    processor: Any = copy.deepcopy(image_processor)
     processor.do_resize = processor.do_center_crop = False
     return OnlineKNN(
         neighbors,

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, set_seed
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.augmentation import MultiCrop
 from ..data.bad_images import BadImages
@@ -37,9 +38,9 @@ from ..models.modeling_regvit import RegViTModel
 from ..models.processing import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    EvaluationTransform,
     default_image_processor,
     known_processor,
+    statistics_of,
 )
 from ..models.saving import check_space, num_bytes, read_json, write_json
 from ..training.callbacks import MetricsFile, Observer
@@ -47,6 +48,7 @@ from ..training.distributed import whole_state
 from ..training.finite import NonFiniteError, peak_memory_mib
 from ..training.run_folder import BAD_IMAGES, RunRecord, run_environment, run_lock
 from ..training.samplers import EpochSampler
+from ..training.trainer import Collator
 from .arguments import PretrainingArguments
 from .collapse import Alarm, CollapseAlarms, CollapseError
 from .comparison import BestTeacher
@@ -70,8 +72,8 @@ def pretrain(
     *,
     model: RegViTConfig | RegViTModel | None = None,
     train_dataset: Dataset | None = None,
-    data_collator: Any = None,
-    image_processor: Any = None,
+    data_collator: Collator | None = None,
+    image_processor: BaseImageProcessor | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> RegViTModel:
     """Pretrain a backbone on unlabeled images and return the EMA teacher.
@@ -116,8 +118,8 @@ def _build_trainer(
     args: PretrainingArguments,
     model: RegViTConfig | RegViTModel | None,
     train_dataset: Dataset | None,
-    data_collator: Any,
-    image_processor: Any,
+    data_collator: Collator | None,
+    image_processor: BaseImageProcessor | None,
     callbacks: Sequence[TrainerCallback],
 ) -> tuple[DinoTrainer, CollapseAlarms]:
     set_seed(args.seed)
@@ -141,8 +143,8 @@ def _build_trainer(
             "--max_steps to at least 1."
         )
     if isinstance(network, FeatureDistillation):
-        sample = {"image_processor": image_processor, "size": args.global_crop_size}
-        network.standardize(sample_pixels(train_dataset, STANDARDIZED_ON, **sample))
+        size = args.global_crop_size
+        network.standardize(sample_pixels(train_dataset, STANDARDIZED_ON, image_processor=image_processor, size=size))
     if data_collator is None:
         data_collator = _build_collator(args, config, args.global_crop_size, image_processor)
     high_resolution = _enlarged(args, config, train_dataset, image_processor) if args.high_resolution_steps else None
@@ -164,7 +166,7 @@ def _build_trainer(
     return trainer, alarms
 
 
-def _image_processor(args: PretrainingArguments, start: StartingPoint | None) -> Any:
+def _image_processor(args: PretrainingArguments, start: StartingPoint | None) -> BaseImageProcessor:
     """Return the image processor that is saved with the backbone, with the statistics of the starting model."""
     size = args.evaluation_size
     last = args.high_resolution_size if args.high_resolution_steps else args.global_crop_size
@@ -172,8 +174,7 @@ def _image_processor(args: PretrainingArguments, start: StartingPoint | None) ->
     if start is None:
         return processor
     if (source := known_processor(start.teacher)) is not None:
-        transform = EvaluationTransform.for_model(start.teacher, source)
-        processor.image_mean, processor.image_std = list(transform.mean), list(transform.std)
+        processor.image_mean, processor.image_std = (list(values) for values in statistics_of(source))
     elif args.process_index == 0:
         logger.warning(
             "'%s' has no image processor, so the mean and standard deviation of ImageNet are used. If it was trained "
@@ -270,7 +271,7 @@ def _build_network(
     model: RegViTConfig | RegViTModel | None,
     *,
     new_registers: bool = False,
-    processor: Any = None,
+    processor: BaseImageProcessor | None = None,
 ) -> StudentAndTeacher:
     """Build the losses around a student backbone: frozen teachers or self-distillation."""
     backbone = _build_backbone(args, model, new_registers=new_registers)
@@ -341,7 +342,7 @@ def _with_mask_token(config: RegViTConfig) -> RegViTConfig:
 def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
     """Build the dataset of multi-crop views of `args.data`."""
     multi_crop = _build_multi_crop(args, config, args.global_crop_size, args.local_crop_size)
-    columns: Any = {"image_column": args.image_column, "label_column": args.label_column}
+    columns = args.subset("image_column", "label_column")
     record = args.folder / BAD_IMAGES
     if args.process_index == 0 and not args.resume_from_checkpoint:
         record.unlink(missing_ok=True)  # left by an earlier run, whose images may have been repaired since
@@ -374,7 +375,7 @@ def _build_multi_crop(
 
 
 def _build_collator(
-    args: PretrainingArguments, config: RegViTConfig, global_size: int, processor: Any
+    args: PretrainingArguments, config: RegViTConfig, global_size: int, processor: BaseImageProcessor
 ) -> DinoCollator:
     rows, columns = (global_size // side for side in config.patch_shape)
     return DinoCollator(
@@ -384,7 +385,7 @@ def _build_collator(
     )
 
 
-def _statistics(processor: Any) -> dict[str, Any]:
+def _statistics(processor: BaseImageProcessor | None) -> dict[str, Any]:
     """Return the mean and standard deviation that crops are normalized with, as keyword arguments."""
     return {
         "mean": tuple(getattr(processor, "image_mean", IMAGENET_MEAN)),
@@ -393,7 +394,7 @@ def _statistics(processor: Any) -> dict[str, Any]:
 
 
 def _enlarged(
-    args: PretrainingArguments, config: RegViTConfig, dataset: Dataset, processor: Any
+    args: PretrainingArguments, config: RegViTConfig, dataset: Dataset, processor: BaseImageProcessor
 ) -> tuple[Dataset, DinoCollator]:
     """Return a dataset of the same images, and its collator, with the crops of the high-resolution steps."""
     if not isinstance(dataset, MultiCropDataset):

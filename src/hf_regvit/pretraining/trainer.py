@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ..hub.facts import pretraining_facts, public_recipe
@@ -92,6 +93,7 @@ class DinoTrainer(RunTrainer):
 
     model: StudentAndTeacher
     args: PretrainingArguments
+    image_processor: BaseImageProcessor  # `pretrain` always gives one
     fixed_options = ("mode", "num_trained_blocks", "lora_r", "lora_target_modules")
 
     def __init__(
@@ -103,7 +105,7 @@ class DinoTrainer(RunTrainer):
         data_collator: Collator,
         high_resolution: tuple[Dataset, Collator] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
-        image_processor: Any = None,
+        image_processor: BaseImageProcessor | None = None,
     ) -> None:
         source = getattr(train_dataset, "source", None)
         sampler: EpochSampler | StreamSampler

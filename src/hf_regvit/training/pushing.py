@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, Trainer
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import HubStrategy
 
 from ..hub.card import write_card_file
@@ -50,7 +51,7 @@ class PushingTrainer(Trainer):
     args: RunArguments
     hub_model_id: Any  # Trainer declares it as None
 
-    def __init__(self, *, image_processor: Any = None, **options: Any) -> None:
+    def __init__(self, *, image_processor: BaseImageProcessor | None = None, **options: Any) -> None:
         self.pushes, self.signals, self.image_processor = BackgroundPushes(), StopSignals(), image_processor
         super().__init__(**options)
 
