@@ -31,12 +31,11 @@ from ..hub.card import write_card_file
 from ..hub.facts import CardFigure, finetuning_facts, public_recipe
 from ..hub.scan import may_be_published
 from ..models.configuration_regvit import RegViTConfig
-from ..models.manifest import whole_checkpoint
 from ..models.saving import num_bytes, write_json
 from ..training.callbacks import MetricsFile
 from ..training.distributed import whole_state
 from ..training.finite import NonFiniteError
-from ..training.run_folder import BAD_IMAGES, RunRecord, run_environment, run_lock
+from ..training.run_folder import BAD_IMAGES, RunRecord, run_environment, run_lock, write_model
 from .arguments import TASKS, FinetuningArguments
 from .model import choose_trained, open_for_task, whole_model
 from .tasks import Task
@@ -190,9 +189,7 @@ def conclusion(report: Mapping[str, Any]) -> str:
 def _write_folder(output: Path, result: PreTrainedModel, trainer: FinetuningTrainer, report: dict[str, Any]) -> None:
     """Write model, processor, metrics, figures and card of a finished run."""
     task, args, processor = trainer.task, trainer.args, trainer.image_processor
-    with whole_checkpoint(output, needed=num_bytes(result.state_dict().values())) as folder:
-        result.save_pretrained(folder)
-        processor.save_pretrained(folder)
+    write_model(output, result, processor, needed=num_bytes(result.state_dict().values()))
     write_json(output / "metrics.json", report)
     curves = draw_finetuning_curves(output, shown=task.shown)
     pictures = ({curves.name: "Learning curves"} if curves else {}) | task.write_panels(output, result, processor)

@@ -9,12 +9,11 @@ from transformers import PreTrainedModel, TrainerCallback, VisionTextDualEncoder
 from ..diagnosis.diagnose import diagnose
 from ..evaluation.run import evaluate_backbone
 from ..models.foreign_weights import BACKBONE
-from ..models.manifest import whole_checkpoint
 from ..models.results import Record
 from ..models.saving import write_json
 from ..models.tokens import TokenReader
 from ..training.callbacks import MetricsFile
-from ..training.run_folder import BAD_IMAGES, RunRecord, run_lock
+from ..training.run_folder import BAD_IMAGES, RunRecord, run_lock, write_model
 from .arguments import ImageTextArguments
 from .captions import open_captioned
 from .network import build_network
@@ -57,12 +56,8 @@ def train_image_text(args: ImageTextArguments, *, callbacks: Sequence[TrainerCal
         encoder.eval()
         if trainer.is_world_process_zero():
             with trainer.writing_result():
-                with whole_checkpoint(args.folder) as folder:
-                    encoder.save_pretrained(folder)
-                    processor.save_pretrained(folder)
-                with whole_checkpoint(args.folder / BACKBONE) as folder:
-                    encoder.vision_model.save_pretrained(folder)
-                    processor.image_processor.save_pretrained(folder)
+                write_model(args.folder, encoder, processor)
+                write_model(args.folder / BACKBONE, encoder.vision_model, processor.image_processor)
             report = _report(trainer, processor, reader)
             report["artifacts"] = {"before": before, "after": _artifacts(trainer, reader)}
             report["seconds"] = time.perf_counter() - started

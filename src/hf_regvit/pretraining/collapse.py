@@ -182,7 +182,6 @@ class CollapseAlarms(TrainerCallback):
         config: Configuration of the backbone.
         first_step: Step from which all rules are checked (the register rule starts at once); default: the end of the
             warm-up.
-        stop: True if an alarm stops the run.
         metrics: Metrics file that alarms are written to.
     """
 
@@ -192,11 +191,10 @@ class CollapseAlarms(TrainerCallback):
         config: RegViTConfig,
         *,
         first_step: int | None = None,
-        stop: bool = False,
         metrics: MetricsFile | None = None,
     ) -> None:
         self.recipe = Recipe(args, config)
-        self.first_step, self.stop, self.metrics = first_step, stop, metrics
+        self.first_step, self.metrics = first_step, metrics
         self.raised: list[Alarm] = []
         self._in_a_row: dict[str, int] = {}
 
@@ -216,7 +214,7 @@ class CollapseAlarms(TrainerCallback):
         """Check one log line."""
         self._check(logs, state.global_step, state)
         # Measurements may differ between processes in the last digit.
-        if self.stop and from_first(bool(self.raised)):
+        if self.recipe.args.stop_on_collapse and from_first(bool(self.raised)):
             control.should_training_stop = True
 
     def _check(self, values: Mapping[str, float], step: int, state: TrainerState) -> None:

@@ -20,11 +20,11 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ..evaluation.knn import knn_accuracy
 from ..figures.curves import read_metrics
-from ..models.manifest import whole_checkpoint
 from ..models.modeling_regvit import RegViTModel
 from ..models.tokens import TokenReader
 from ..training.callbacks import MetricsFile, Observer
 from ..training.distributed import from_first
+from ..training.run_folder import write_model
 from .network import StudentAndTeacher
 
 logger = logging.getLogger(__name__)
@@ -188,9 +188,7 @@ class BestTeacher(TrainerCallback):
         teacher = kwargs["model"].whole_teacher_backbone()  # a collective if the teacher is sharded
         if state.is_world_process_zero:
             try:
-                with whole_checkpoint(self.folder) as folder:
-                    teacher.save_pretrained(folder)
-                    self.image_processor.save_pretrained(folder)
+                write_model(self.folder, teacher, self.image_processor)
             except OSError as error:  # a full disk must not stop the run
                 logger.error("ALARM: The best teacher, of step %d, cannot be written (%s).", step, error)
 

@@ -10,7 +10,7 @@ Shape letters: n images, D width.
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, cast
 
@@ -289,18 +289,20 @@ def _normalized(shown: Sequence[Image.Image], processor: BaseImageProcessor) -> 
 
 
 _Labeled = tuple[Image.Image, int]
-_Crop = Callable[[Iterable[ImageRecord]], list[_Labeled]]
-
-
 # Neighbors, images to classify, and True if the latter are excluded from training.
 _Parts = tuple[list[_Labeled], list[_Labeled], bool]
 
 
-def _source_parts(args: PretrainingArguments, dataset: Dataset, cropped: _Crop) -> _Parts | None:
+def _labeled(records: Iterable[ImageRecord], processor: BaseImageProcessor) -> list[_Labeled]:
+    """Return labeled images after the crop: they take little memory, and evaluations need not decode them again."""
+    return [(_cropped(record.image, processor), r) for record in records if (r := record.label) is not None]
+
+
+def _source_parts(args: PretrainingArguments, dataset: Dataset, processor: BaseImageProcessor) -> _Parts | None:
     source: Any = getattr(dataset, "source", None)
     if not getattr(source, "labels", None):
         return None
-    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    columns = args.subset("image_column", "label_column")
     try:
         parts = open_parts(args.data, train=source, kind="images", heldout_share=0.25, seed=args.seed, options=columns)
     except ValueError as error:
@@ -311,18 +313,19 @@ def _source_parts(args: PretrainingArguments, dataset: Dataset, cropped: _Crop) 
         logger.info("k-NN accuracy is disabled: the validation and training splits have different classes.")
         return None
     return (
-        cropped(_readable(parts.train, args.knn_max_images * 3 // 4)),
-        cropped(_readable(heldout, args.knn_max_images // 4)),
+        _labeled(_readable(parts.train, args.knn_max_images * 3 // 4), processor),
+        _labeled(_readable(heldout, args.knn_max_images // 4), processor),
         not parts.held_out_from_train,
     )
 
 
-def _stream_parts(args: PretrainingArguments, dataset: MultiCropStream, cropped: _Crop) -> _Parts | None:
+def _stream_parts(
+    args: PretrainingArguments, dataset: MultiCropStream, processor: BaseImageProcessor
+) -> _Parts | None:
     """Return the k-NN images from the beginnings of evenly spaced shards, where a stream can be read."""
     if all(record.label is None for record in dataset.first_records(4, shards=1)):
         return None
-    heldout = heldout_streams(args.data, image_column=args.image_column, label_column=args.label_column)
-
+    heldout = heldout_streams(args.data, **args.subset("image_column", "label_column"))
     names = {stream.label_names for stream in (*dataset.streams, *heldout)}
     if len(names) > 1 or (None in names and len(dataset.streams) > 1):
         logger.info("k-NN accuracy is disabled: the streams have different class names, so class ids are ambiguous.")
@@ -331,9 +334,9 @@ def _stream_parts(args: PretrainingArguments, dataset: MultiCropStream, cropped:
     if heldout:
         test = MultiCropStream(heldout, dataset.multi_crop, seed=args.seed)
         counts = ((dataset, wanted * 3 // 4), (test, wanted // 4))
-        train, held = (cropped(one.first_records(count, shards=shards)) for one, count in counts)
+        train, held = (_labeled(one.first_records(count, shards=shards), processor) for one, count in counts)
         return train, held, True
-    train = cropped(dataset.first_records(wanted, shards=shards))
+    train = _labeled(dataset.first_records(wanted, shards=shards), processor)
     first, second = stratified_split([label for _, label in train], held_out_share=0.25, seed=args.seed)
     return [train[index] for index in first], [train[index] for index in second], False
 
@@ -411,15 +414,10 @@ class OnlineKNN(Observer):
 
 def _knn(args: PretrainingArguments, dataset: Dataset, image_processor: BaseImageProcessor) -> OnlineKNN | None:
     """Create k-NN on the labeled validation split or, if there is none, on a quarter of the training images."""
-
-    def cropped(records: Iterable[ImageRecord]) -> list[_Labeled]:
-        # Cropped images take little memory, and evaluations need not decode them again.
-        return [(_cropped(record.image, image_processor), r) for record in records if (r := record.label) is not None]
-
     if isinstance(dataset, MultiCropStream):
-        parts = _stream_parts(args, dataset, cropped)
+        parts = _stream_parts(args, dataset, image_processor)
     else:
-        parts = _source_parts(args, dataset, cropped)
+        parts = _source_parts(args, dataset, image_processor)
     if parts is None:
         return None
     neighbors, heldout, is_held_out = parts

@@ -13,6 +13,11 @@ from ..training.lora import merged_state
 from .losses import SoftmaxCenter
 
 
+def tensors_below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names start with a prefix, without the prefix."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
 class StudentAndTeacher(nn.Module):
     """Student that is trained, and teacher that follows it as a moving average and is exported.
 

@@ -46,7 +46,7 @@ from ..models.saving import check_space, num_bytes, read_json, write_json
 from ..training.callbacks import MetricsFile, Observer
 from ..training.distributed import whole_state
 from ..training.finite import NonFiniteError, peak_memory_mib
-from ..training.run_folder import BAD_IMAGES, RunRecord, run_environment, run_lock
+from ..training.run_folder import BAD_IMAGES, RunRecord, run_environment, run_lock, write_model
 from ..training.samplers import EpochSampler
 from ..training.trainer import Collator
 from .arguments import PretrainingArguments
@@ -57,7 +57,7 @@ from .crops import DinoCollator, MultiCropDataset, MultiCropStream
 from .distillation import HeadShape, SelfDistillation
 from .feature_distillation import STANDARDIZED_ON, FeatureDistillation, FrozenTeacher
 from .monitors import OnlineKNN, observers, sample_pixels
-from .network import StudentAndTeacher
+from .network import StudentAndTeacher, tensors_below
 from .starting_point import StartingPoint, restore_training, starting_point
 from .trainer import EXPORTED, DinoTrainer
 
@@ -153,7 +153,7 @@ def _build_trainer(
     watching = observers(args, train_dataset, image_processor=image_processor, start=started_from)
     metrics = MetricsFile(output / "metrics.jsonl")
     best = [BestTeacher(output, image_processor, metrics)] if start and args.knn_steps else []
-    alarms = CollapseAlarms(args, config, stop=args.stop_on_collapse, metrics=metrics)
+    alarms = CollapseAlarms(args, config, metrics=metrics)
     trainer = DinoTrainer(
         network,
         args,
@@ -195,9 +195,7 @@ def _write_folder(trainer: DinoTrainer) -> RegViTModel:
     if trainer.is_world_process_zero():
         size, of_backbone = num_bytes(state.values()), num_bytes(backbone.state_dict().values())
         check_space(output, size)  # for both folders
-        with whole_checkpoint(output / BACKBONE, needed=of_backbone) as folder:
-            backbone.save_pretrained(folder)
-            trainer.image_processor.save_pretrained(folder)
+        write_model(output / BACKBONE, backbone, trainer.image_processor, needed=of_backbone)
         with whole_checkpoint(output / TRAINING, needed=size - of_backbone) as folder:
             _save_training_state(state, folder)
         facts = pretraining_facts(
@@ -248,7 +246,7 @@ def _train(trainer: DinoTrainer, alarms: CollapseAlarms) -> None:
     stopped: Exception | None = None
     try:
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-        if alarms.stop and alarms.raised:
+        if trainer.args.stop_on_collapse and alarms.raised:
             last = alarms.raised[-1]
             stopped = CollapseError(f"Stopped at step {last.step} by the alarm {last.name}: {last.message}")
     except NonFiniteError as error:
@@ -410,9 +408,9 @@ def _enlarged(
 
 def _save_training_state(state: dict[str, Tensor], folder: Path) -> None:
     """Save student, teacher heads and centers, one file each, for continued pretraining."""
-    teacher = {name.removeprefix("teacher."): state[name] for name in state if name.startswith("teacher.")}
+    teacher = tensors_below("teacher.", state)
     parts = {
-        "student": {name.removeprefix("student."): state[name] for name in state if name.startswith("student.")},
+        "student": tensors_below("student.", state),
         "teacher_heads": {name: tensor for name, tensor in teacher.items() if "_head." in name},
         "centers": {name: state[name] for name in state if "_center." in name},
     }

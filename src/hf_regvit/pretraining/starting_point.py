@@ -14,7 +14,7 @@ from ..models.loading import TRAINING, fit_positions, open_backbone
 from ..models.manifest import check_weights
 from ..models.modeling_regvit import RegViTModel
 from .distillation import SelfDistillation
-from .network import StudentAndTeacher
+from .network import StudentAndTeacher, tensors_below
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def restore_training(network: StudentAndTeacher, start: StartingPoint) -> None:
 
 
 def _load_part(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, where: str) -> None:
-    part = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    part = tensors_below(prefix, tensors)
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     actual = {name: tuple(value.shape) for name, value in part.items()}
     if actual != expected:

@@ -15,7 +15,6 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ..hub.facts import pretraining_facts, public_recipe
-from ..models.configuration_regvit import RegViTConfig
 from ..models.modeling_regvit import RegViTModel
 from ..models.saving import as_bytes
 from ..training.finite import free_memory, memory_advice, without_ids
@@ -28,7 +27,7 @@ from .continuation import memory_of_step
 from .crops import MultiCropStream
 from .distillation import SelfDistillation, TeacherTargets
 from .feature_distillation import FeatureDistillation
-from .network import StudentAndTeacher
+from .network import StudentAndTeacher, tensors_below
 from .schedules import Schedules, StepValues, parameter_groups, set_rates
 
 logger = logging.getLogger(__name__)
@@ -300,15 +299,10 @@ class DinoTrainer(RunTrainer):
 
     def hub_model(self, state: Mapping[str, Tensor]) -> RegViTModel:
         """Return the teacher backbone from the tensors of a checkpoint."""
-        return teacher_of(self.model.student_backbone.config, self.model.plain(state))
+        backbone = RegViTModel(copy.deepcopy(self.model.student_backbone.config))
+        backbone.load_state_dict(tensors_below(EXPORTED, self.model.plain(state)))
+        return backbone.eval()
 
     def hub_facts(self) -> dict[str, Any]:
         """Return the recipe as fields of the model card."""
         return pretraining_facts(public_recipe(self.args.resolved()))
-
-
-def teacher_of(config: RegViTConfig, state: Mapping[str, Tensor]) -> RegViTModel:
-    """Return the teacher backbone from the tensors of the whole network."""
-    backbone = RegViTModel(copy.deepcopy(config))
-    backbone.load_state_dict({name.removeprefix(EXPORTED): state[name] for name in state if name.startswith(EXPORTED)})
-    return backbone.eval()

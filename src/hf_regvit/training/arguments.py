@@ -97,12 +97,10 @@ class RunArguments(TrainingArguments):
             value = plain(getattr(self, name))
             raise ValueError(f"{name} is {value!r}; expected {expected}.")
 
-    def _expect_range(
-        self, name: str, expected: str, *, above: float = -math.inf, at_least: float = 0, at_most: float = math.inf
-    ) -> None:
-        """Raise a ValueError unless an option holds two ascending numbers between the limits."""
+    def _expect_range(self, name: str, expected: str, *, above: float = -math.inf, at_most: float = math.inf) -> None:
+        """Raise a ValueError unless an option holds two ascending numbers from 0 on between the limits."""
         value = getattr(self, name)
-        good = len(value) == 2 and above < value[0] <= value[1] <= at_most and at_least <= value[0]
+        good = len(value) == 2 and above < value[0] <= value[1] <= at_most and value[0] >= 0
         self._expect(name, good, expected)
 
 

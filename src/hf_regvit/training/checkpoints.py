@@ -440,9 +440,7 @@ class CheckpointedTrainer(PushingTrainer):
 
     @property
     def _shards_with_full_state(self) -> bool:
-        if not self.is_fsdp_enabled:
-            return False
-        return "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        return self.is_fsdp_enabled and "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._shards_with_full_state:

@@ -42,7 +42,7 @@ def processes_of_run() -> list[Peer]:
     return gather_object([(dist.get_rank(), socket.gethostname(), os.getpid())])
 
 
-def lost_processes(peers: Sequence[Peer], *, seconds: float = 3.0) -> list[str]:
+def lost_processes(peers: Sequence[Peer]) -> list[str]:
     """Return the names of the processes on this machine that have ended, waiting briefly for one that is ending."""
     import psutil
 
@@ -53,7 +53,7 @@ def lost_processes(peers: Sequence[Peer], *, seconds: float = 3.0) -> list[str]:
             return True
 
     here = {rank: process for rank, machine, process in peers if machine == socket.gethostname()}
-    end = time.monotonic() + seconds
+    end = time.monotonic() + 3.0
     lost: list[str] = []
     while here and not lost and time.monotonic() < end:
         lost = [f"Process {rank} of {len(peers)} (id {one})" for rank, one in here.items() if has_ended(one)]

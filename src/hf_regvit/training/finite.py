@@ -114,13 +114,13 @@ class FiniteGuard(TrainerCallback):
             records = gather_object(records)
         in_loss = [rank for rank, (loss, _) in enumerate(finite.tolist()) if not loss]
         # If every loss is finite, the NaN comes from the backward pass, and all processes have the averaged gradient.
-        guilty = in_loss or list(range(len(records)))
+        guilty = [records[rank] for rank in in_loss] or records
         if state.is_world_process_zero:
             try:
-                self._write(state, [records[rank] for rank in guilty], in_loss=bool(in_loss), model=model)
+                self._write(state, guilty, in_loss=bool(in_loss), model=model)
             except OSError as error:  # must not hide the reason for the stop
                 logger.error("ALARM: The batch could not be recorded. %s", error)
-        raise NonFiniteError(self._message(args, state, records, guilty, in_loss=bool(in_loss)))
+        raise NonFiniteError(self._message(args, state, guilty, in_loss=bool(in_loss)))
 
     def _record(self, rank: int) -> dict[str, Any]:
         return {
@@ -159,23 +159,15 @@ class FiniteGuard(TrainerCallback):
                 save_file(weights, unfinished, metadata={"format": "pt"})
 
     def _message(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        records: Sequence[dict[str, Any]],
-        guilty: Sequence[int],
-        *,
-        in_loss: bool,
+        self, args: TrainingArguments, state: TrainerState, guilty: Sequence[dict[str, Any]], *, in_loss: bool
     ) -> str:
-        bad = records[guilty[0]]
-        batch = next(
-            (b for b in bad["micro_batches"] if isinstance(b["terms"]["loss"], str)), bad["micro_batches"][-1]
-        )
+        batches = guilty[0]["micro_batches"]
+        batch = next((one for one in batches if isinstance(one["terms"]["loss"], str)), batches[-1])
         terms, norms = (
             ", ".join(f"{name}={float(value):.4g}" for name, value in values.items() if name != "loss")
-            for values in (batch["terms"], bad["gradient_norms"])
+            for values in (batch["terms"], guilty[0]["gradient_norms"])
         )
-        rank = f" on rank {', '.join(map(str, guilty))}" if args.world_size > 1 else ""
+        rank = f" on rank {', '.join(str(record['rank']) for record in guilty)}" if args.world_size > 1 else ""
         if in_loss:
             what = f"The loss is {batch['terms']['loss']} at step {state.global_step}{rank} ({terms})"
         else:

@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainingArguments
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from ..models.manifest import whole_checkpoint
 from ..models.saving import NoSpaceError, explain_full_disk, whole_file, write_json
 from .arguments import RunArguments
 from .distributed import from_first
@@ -187,6 +189,13 @@ class RunRecord(TrainerCallback):
                 os.utime(self.folder / LOCK)
 
     on_prediction_step = on_step_end
+
+
+def write_model(folder: Path, *parts: PreTrainedModel | ProcessorMixin | BaseImageProcessor, needed: int = 0) -> None:
+    """Write a model and its processor into a folder with a manifest, which replaces files of the same names."""
+    with whole_checkpoint(folder, needed=needed) as staged:
+        for part in parts:
+            part.save_pretrained(staged)
 
 
 def names_digest(names: Iterable[object]) -> str:

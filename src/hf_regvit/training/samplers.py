@@ -7,7 +7,6 @@ import math
 import tarfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import accumulate, count, islice
 from typing import TypeVar, cast
 
@@ -303,18 +302,12 @@ def _join_streams(streams: Sequence[ImageStream]) -> ImageStream:
     if len(streams) == 1:
         return streams[0]
     starts = [0, *accumulate(stream.num_shards for stream in streams)]
-    return ImageStream(
-        name=" + ".join(stream.name for stream in streams),
-        num_shards=starts[-1],
-        open_shard=partial(_open_joined_shard, [stream.open_shard for stream in streams], starts[:-1]),
-    )
 
+    def open_shard(shard: int) -> Iterator[StreamRecord]:
+        part = bisect_right(starts, shard) - 1
+        return streams[part].open_shard(shard - starts[part])
 
-def _open_joined_shard(
-    opens: Sequence[Callable[[int], Iterator[StreamRecord]]], starts: Sequence[int], shard: int
-) -> Iterator[StreamRecord]:
-    part = bisect_right(starts, shard) - 1
-    return opens[part](shard - starts[part])
+    return ImageStream(" + ".join(stream.name for stream in streams), starts[-1], open_shard)
 
 
 def stream_sample_id(id: str) -> int:
