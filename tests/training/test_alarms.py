@@ -199,7 +199,12 @@ def test_f66_options_that_are_taken_are_not_advised_again(tmp_path):
 
 # ---- Collapse ----
 
-OPTIONS = {"head_num_prototypes": 256, "per_device_train_batch_size": 16, "num_local_crops": 2}
+OPTIONS = {
+    "head_num_prototypes": 256,
+    "per_device_train_batch_size": 16,
+    "num_local_crops": 2,
+    "stop_on_collapse": False,
+}
 RECIPE = (
     SimpleNamespace(dino_loss_weight=1.0, init_from="x", learning_rate=1e-4, gram_loss_weight=2.0, **OPTIONS),
     SimpleNamespace(num_register_tokens=4, hidden_size=96),

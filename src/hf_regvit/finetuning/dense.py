@@ -357,8 +357,8 @@ class SemanticSegmentation(_DenseTask):
 
     def compute_metrics(self) -> dict[str, float]:
         """Return the metrics of all batches since `start_metrics`, with `iou_*` for the classes that occur."""
-        scores = super().compute_metrics()
-        named = zip(self.names, cast(Any, scores["per_category_iou"]), strict=True)
+        scores = self._metric.compute()
+        named = zip(self.names, scores["per_category_iou"], strict=True)
         means = {key: scores[key] for key in self.measures}
         return means | {f"iou_{name}": value for name, value in named if not np.isnan(value)}
 

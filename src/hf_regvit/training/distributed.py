@@ -4,7 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -82,7 +82,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return cast(Tensor, _SumOverProcesses.apply(gradient))
+        return _SumOverProcesses.apply(gradient)
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
@@ -97,7 +97,7 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
         return rows, 0
     first = dist.get_rank() * len(rows)
     after = (count - 1) * len(rows) - first
-    return cast(Tensor, _SumOverProcesses.apply(F.pad(rows, (0, 0, first, after)))), first
+    return _SumOverProcesses.apply(F.pad(rows, (0, 0, first, after))), first
 
 
 class SharedBatchNorm(nn.BatchNorm1d):
@@ -105,6 +105,12 @@ class SharedBatchNorm(nn.BatchNorm1d):
 
     torch's `SyncBatchNorm` supports GPUs only. The tensors and their names are those of `BatchNorm1d`.
     """
+
+    # The base class allows None, for settings that are not used here.
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (n, F) to the same shape; n may differ between processes."""
@@ -115,8 +121,7 @@ class SharedBatchNorm(nn.BatchNorm1d):
         mean = _SumOverProcesses.apply(values.sum(0)) / count
         variance = _SumOverProcesses.apply((values - mean).square().sum(0)) / count
         with torch.no_grad():
-            running_mean, running_variance = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
-            running_mean.lerp_(mean, cast(float, self.momentum))
-            running_variance.lerp_(variance * count / (count - 1), cast(float, self.momentum))
-            cast(Tensor, self.num_batches_tracked).add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked.add_(1)
         return ((values - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias).to(input)

@@ -8,7 +8,7 @@ import tarfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, count, islice
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -119,7 +119,7 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         epoch, places = self.epoch, self._places()
         order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
         if self.draws is not None:
-            passes, indices = self._weighted_draws(epoch)
+            passes, indices = self._weighted_draws(epoch, self.draws)
             for place in order[places.start : places.stop]:
                 yield int(passes[place]), int(indices[place])
         elif self.repeats is not None:
@@ -129,13 +129,13 @@ class EpochSampler(Sampler[tuple[int, ...]]):
             for index in order[places.start : places.stop]:
                 yield epoch, int(index)
 
-    def _weighted_draws(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _weighted_draws(self, epoch: int, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return pass and index of each image of an epoch, (num_samples,) each, source by source."""
         passes, indices = [], []
         starts = [0, *accumulate(self.parts)]
-        for part, (size, draws) in enumerate(zip(self.parts, cast(np.ndarray, self.draws))):
+        for part, (size, images) in enumerate(zip(self.parts, draws)):
             # The epoch is a window of an endless sequence of passes over this source.
-            pass_of, place = np.divmod(np.arange(epoch * draws, (epoch + 1) * draws), size)
+            pass_of, place = np.divmod(np.arange(epoch * images, (epoch + 1) * images), size)
             drawn = np.empty(len(place), dtype=np.int64)
             for number in np.unique(pass_of):
                 order = np.random.default_rng([self.seed, part, int(number), _WEIGHTED_PASS]).permutation(size)

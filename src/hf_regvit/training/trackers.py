@@ -15,16 +15,15 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import Trainer
 
 from ..hub.scan import public_files
 from ..models.manifest import MANIFEST
 from ..models.saving import read_json, write_json
-from .arguments import RunArguments
+from .pushing import PushingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +36,10 @@ class Trackers:
     A run of a tracker that is continued, because its id or name was given again, receives nothing a second time.
 
     Args:
-        trainer: Trainer, whose callbacks of trackers are changed.
+        trainer: PushingTrainer, whose callbacks of trackers are changed.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: PushingTrainer) -> None:
         self.trainer = trainer
         self.callbacks: dict[str, Any] = {}  # by the name of the tracker, without those that have failed
         self._ends: list[Callable[[], None]] = []
@@ -76,7 +75,7 @@ class Trackers:
 
     def finish(self, folder: Path) -> None:
         """Log the files of a finished model that may be published, unless `track_model` is off; close the trackers."""
-        if cast(RunArguments, self.trainer.args).track_model:
+        if self.trainer.args.track_model:
             self._send("model", [folder / name for name in sorted(public_files(folder), key=MANIFEST.__ne__)])
         while self._ends:
             self._ends.pop()()
@@ -87,7 +86,7 @@ class Trackers:
 
     def _send_once(self, name: str, key: str, files: Sequence[Path]) -> None:
         """Send files to a tracker, unless its run has received them; the first file identifies their content."""
-        step, record = self.trainer.state.global_step, Path(str(self.trainer.args.output_dir)) / RECORD
+        step, record = self.trainer.state.global_step, self.trainer.args.folder / RECORD
         if name == "tensorboard":
             writer = self.callbacks[name].tb_writer
             run, send = Path(writer.log_dir).name, partial(_to_tensorboard, writer)
