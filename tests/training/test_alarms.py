@@ -199,14 +199,10 @@ def test_f66_options_that_are_taken_are_not_advised_again(tmp_path):
 
 # ---- Collapse ----
 
-OPTIONS = {
-    "head_num_prototypes": 256,
-    "per_device_train_batch_size": 16,
-    "num_local_crops": 2,
-    "stop_on_collapse": False,
-}
+OPTIONS = {"head_num_prototypes": 256, "per_device_train_batch_size": 16, "num_local_crops": 2}
+OPTIONS |= {"dino_loss_weight": 1.0, "stop_on_collapse": False}
 RECIPE = (
-    SimpleNamespace(dino_loss_weight=1.0, init_from="x", learning_rate=1e-4, gram_loss_weight=2.0, **OPTIONS),
+    SimpleNamespace(init_from="x", learning_rate=1e-4, gram_loss_weight=2.0, **OPTIONS),
     SimpleNamespace(num_register_tokens=4, hidden_size=96),
 )
 HEALTHY = {
@@ -274,8 +270,9 @@ def test_f56_collapse_waits_for_the_warm_up_and_registers_do_not():
 
 
 def test_f56_the_warm_up_is_that_of_the_schedule(tmp_path):
-    alarms = CollapseAlarms(*RECIPE)
-    alarms.on_train_begin(arguments(tmp_path, warmup_steps=0.1), SimpleNamespace(max_steps=400, global_step=0), None)
+    args = arguments(tmp_path, warmup_steps=0.1)
+    alarms = CollapseAlarms(args, tiny_config())
+    alarms.on_train_begin(args, SimpleNamespace(max_steps=400, global_step=0), None)
     assert alarms.first_step == 40
 
 
@@ -311,12 +308,13 @@ def test_f56_stop_on_collapse_ends_the_run(tmp_path):
 def test_f56_a_resumed_run_remembers_its_alarms(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     first, _ = alarms_after([HEALTHY | SICK["one_prototype"][0]] * 3, metrics=metrics)
-    resumed = CollapseAlarms(*RECIPE, metrics=metrics)
+    args, config = arguments(tmp_path), tiny_config()
+    resumed = CollapseAlarms(args, config, metrics=metrics)
     state = SimpleNamespace(max_steps=400, global_step=30)
-    resumed.on_train_begin(arguments(tmp_path), state, None)
+    resumed.on_train_begin(args, state, None)
     assert resumed.raised == first.raised
-    fresh = CollapseAlarms(*RECIPE, metrics=metrics)
-    fresh.on_train_begin(arguments(tmp_path), SimpleNamespace(max_steps=400, global_step=0), None)
+    fresh = CollapseAlarms(args, config, metrics=metrics)
+    fresh.on_train_begin(args, SimpleNamespace(max_steps=400, global_step=0), None)
     assert fresh.raised == []
 
 
