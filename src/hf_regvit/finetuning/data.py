@@ -188,8 +188,7 @@ class TrainImages(Dataset[Item]):
             with draws(self.seed, epoch, index, repeat):
                 return self.make(record, used)
 
-        key_of_image, bad = (epoch, index), self.bad_images
-        used, made = first_usable(read, key_of_image, seed=self.seed, count=len(self), bad_images=bad)
+        used, made = first_usable(read, (epoch, index), seed=self.seed, count=len(self), bad_images=self.bad_images)
         return {**made, "sample_ids": used, "epochs": epoch}
 
 

@@ -109,8 +109,8 @@ def _open_source(args: FinetuningArguments) -> tuple[nn.Module | RegViTConfig, A
                 "train from scratch."
             )
         registers = 4 if args.num_register_tokens is None else args.num_register_tokens
-        sizes: Any = {"image_size": args.image_size or 224, "num_register_tokens": registers}
-        return RegViTConfig.from_preset(args.preset, **sizes, **args.subset("patch_size", "layerscale_value")), None
+        sizes = args.subset("patch_size", "layerscale_value") | {"image_size": args.image_size or 224}
+        return RegViTConfig.from_preset(args.preset, num_register_tokens=registers, **sizes), None
     model = open_regvit(source)  # of the saved class, because its head may be for the same task
     if (processor := known_processor(model)) is None:
         raise unknown_processor(model)

@@ -62,10 +62,7 @@ class FinetuningTrainer(RunTrainer):
             train_dataset=train,
             train_collator=task.train_collator(),
             sampler=EpochSampler(
-                len(task.train),
-                seed=args.seed,
-                images_per_step=args.images_per_step,
-                repeats=args.repeated_augmentation,
+                len(task.train), repeats=args.repeated_augmentation, **args.subset("seed", "images_per_step")
             ),
             names=task.train.ids,
             callbacks=[*([stopping] if args.early_stopping_patience else []), *callbacks],

@@ -196,11 +196,6 @@ class BestTeacher(TrainerCallback):
         """Log which teacher was the best, if it is not the last one."""
         if self.best is None or self.last is None or self.best[0] == state.global_step:
             return
-        where = f"That teacher is in '{self.folder}'." if self.best[0] else "No teacher was better than the start."
-        logger.warning(
-            "The best score is %.4f, at step %d; the last one is %.4f. %s",
-            self.best[1],
-            self.best[0],
-            self.last,
-            where,
-        )
+        (step, best), last = self.best, self.last
+        where = f"That teacher is in '{self.folder}'." if step else "No teacher was better than the start."
+        logger.warning("The best score is %.4f, at step %d; the last one is %.4f. %s", best, step, last, where)

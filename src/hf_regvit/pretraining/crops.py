@@ -87,15 +87,12 @@ class MultiCropDataset(_SingleThreadedDataset, Dataset[Item]):
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, index = key
-        crops = self.multi_crop(self._usable_image(epoch, index), seed=self.seed, epoch=epoch, sample_id=index)
-        return {**crops, "sample_id": index, "epoch": epoch}
-
-    def _usable_image(self, epoch: int, index: int) -> Image.Image:
-        """Return image `index` or, if it is bad, the first good one of a sequence set by (seed, epoch, index)."""
         if self.bad_images is None:
-            return self._image(index)
-        key, bad = (epoch, index), self.bad_images
-        return first_usable(self._image, key, seed=self.seed, count=len(self), bad_images=bad)[1]
+            image = self._image(index)
+        else:
+            _, image = first_usable(self._image, key, seed=self.seed, count=len(self), bad_images=self.bad_images)
+        crops = self.multi_crop(image, seed=self.seed, epoch=epoch, sample_id=index)
+        return {**crops, "sample_id": index, "epoch": epoch}
 
     def _image(self, index: int) -> Image.Image:
         image = self._cache.get(index)
@@ -320,10 +317,9 @@ class DinoCollator:
 
     def __call__(self, samples: Sequence[Item]) -> dict[str, Tensor]:
         """Collate B items into one batch."""
-        statistics = self.mean, self.std
-        global_crops = _stack_crops(samples, "global_crops", *statistics)  # (2, B, 3, S, S)
-        local_crops = _stack_crops(samples, "local_crops", *statistics)  # (L, B, 3, s, s)
-        num_crops, batch_size = global_crops.shape[:2]
+        names: list[str] = [name for name in ("global_crops", "local_crops", "gram_crops") if name in samples[0]]
+        crops = {name: _stack_crops(samples, name, self.mean, self.std) for name in names}
+        num_crops, batch_size = crops["global_crops"].shape[:2]
         entropy = [self.seed, samples[0]["epoch"], *(sample["sample_id"] for sample in samples)]
         rng = random.Random(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
         drawn = batch_masks(
@@ -331,11 +327,8 @@ class DinoCollator:
         )
         masks = torch.from_numpy(drawn).view(num_crops, batch_size, -1)  # (2, B, N)
         mask_indices, mask_weights = masked_positions(masks)
-        larger = {"gram_crops": _stack_crops(samples, "gram_crops", *statistics)} if "gram_crops" in samples[0] else {}
         return {
-            **larger,
-            "global_crops": global_crops,
-            "local_crops": local_crops,
+            **crops,
             "masks": masks,
             "mask_indices": mask_indices,
             "mask_weights": mask_weights,

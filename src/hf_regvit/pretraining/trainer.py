@@ -113,8 +113,7 @@ class DinoTrainer(RunTrainer):
         else:
             sampler = EpochSampler(
                 len(cast(Sized, train_dataset)),
-                seed=args.seed,
-                images_per_step=args.images_per_step,
+                **args.subset("seed", "images_per_step"),
                 parts=getattr(source, "parts", ()),
                 weights=args.data_weights,
             )

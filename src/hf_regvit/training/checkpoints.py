@@ -133,10 +133,8 @@ def rotate_checkpoints(run: Path, limit: int | None, *, keep: Sequence[Path] = (
 
 def _is_write_error(error: BaseException) -> bool:
     """Return True if saving failed because of the disk instead of a bug."""
-    if isinstance(error, OSError | SafetensorError):
-        return True
     # torch.save and the sharded writer report a full disk with their own error types.
-    return isinstance(error, CheckpointException) or (
+    return isinstance(error, OSError | SafetensorError | CheckpointException) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in ("inline_container", "file write"))
     )
 

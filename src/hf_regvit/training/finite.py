@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ..models.saving import num_bytes, whole_file, write_json
 from .checkpoints import list_checkpoints
-from .distributed import full_tensor
+from .distributed import full_tensor, whole_state
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +95,8 @@ class FiniteGuard(TrainerCallback):
             from accelerate.utils import gather
 
             flags = gather(flags)  # (processes, 2)
-        if flags.all():
-            return
-        self._stop(args, state, kwargs["model"], flags.bool().cpu())
+        if not flags.all():
+            self._stop(args, state, kwargs["model"], flags.bool().cpu())
 
     @staticmethod
     def _gradient_norms(model: nn.Module) -> dict[str, Tensor]:
@@ -152,9 +152,8 @@ class FiniteGuard(TrainerCallback):
             "processes": records,
         }
         write_json(self.folder / "nan_batch.json", content)
-        tensors = model.state_dict()
-        if not any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):  # shards cannot be replayed
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        if not any(isinstance(tensor, DTensor) for tensor in model.state_dict().values()):  # shards cannot be replayed
+            weights = whole_state(model)
             with whole_file(self.folder / "nan_batch.safetensors", needed=num_bytes(weights.values())) as unfinished:
                 save_file(weights, unfinished, metadata={"format": "pt"})
 

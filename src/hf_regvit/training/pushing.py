@@ -22,10 +22,11 @@ from transformers.trainer_utils import HubStrategy
 from ..hub.card import write_card_file
 from ..hub.scan import public_files, scan
 from ..hub.upload import BackgroundPushes, PermanentPushError, PushError, create_repository, send_folder
-from ..models.manifest import MANIFEST, WEIGHTS, whole_checkpoint
+from ..models.manifest import MANIFEST, WEIGHTS
 from ..models.saving import read_json, write_json
 from .arguments import RunArguments
 from .distributed import from_first
+from .run_folder import write_model
 from .signals import StopSignals
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,6 @@ class PushingTrainer(Trainer):
     def _make_repository(self, token: str | None, private: bool | None) -> str:
         wanted = self.args.hub_model_id or self.args.folder.absolute().name
         private = self.args.hub_private_repo if private is None else private
-        self.push_in_progress = None
         for left_over in self.args.folder.glob(f"{PUSHING}-*"):
             shutil.rmtree(left_over, ignore_errors=True)
         try:
@@ -139,10 +139,7 @@ class PushingTrainer(Trainer):
         shutil.rmtree(folder, ignore_errors=True)
         with torch.random.fork_rng(devices=[]):  # initializing the model must not change the random state of the run
             model = self.hub_model(state)
-        with whole_checkpoint(folder) as staged:  # its manifest is without the card, which may be edited
-            model.save_pretrained(staged)
-            if self.image_processor is not None:
-                self.image_processor.save_pretrained(staged)
+        write_model(folder, model, self.image_processor)  # its manifest is without the card, which may be edited
         write_card_file(folder, parameters=model.num_parameters(), **self.hub_names(), **self.hub_facts())
         names = public_files(folder)
         scan(folder, names)

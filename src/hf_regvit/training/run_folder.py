@@ -191,11 +191,15 @@ class RunRecord(TrainerCallback):
     on_prediction_step = on_step_end
 
 
-def write_model(folder: Path, *parts: PreTrainedModel | ProcessorMixin | BaseImageProcessor, needed: int = 0) -> None:
-    """Write a model and its processor into a folder with a manifest, which replaces files of the same names."""
+Processor = ProcessorMixin | BaseImageProcessor
+
+
+def write_model(folder: Path, model: PreTrainedModel, processor: Processor | None, *, needed: int = 0) -> None:
+    """Write a model and its processor, if there is one, with a manifest; an earlier one is replaced."""
     with whole_checkpoint(folder, needed=needed) as staged:
-        for part in parts:
-            part.save_pretrained(staged)
+        model.save_pretrained(staged)
+        if processor is not None:
+            processor.save_pretrained(staged)
 
 
 def names_digest(names: Iterable[object]) -> str:
