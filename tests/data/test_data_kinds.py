@@ -20,7 +20,7 @@ from hf_regvit.data.labels import label_in_file
 from hf_regvit.data.loading import load_images, stream_images
 from hf_regvit.data.maps import load_depth, load_masks
 from hf_regvit.data.parts import open_parts
-from hf_regvit.data.source import MissingSplitError
+from hf_regvit.data.source import MissingSplitError, Reading
 from hf_regvit.data.tables import table_stream
 
 
@@ -650,7 +650,7 @@ def test_parquet_paths_that_datasets_takes_for_chained_urls_are_refused(tmp_path
 def test_hub_tar_streams_name_the_shard_that_lacks_the_column_of_the_first(tmp_path):
     shards = [tar_file(tmp_path / f"{kind}.tar", {f"0.{kind}": encoded(0, kind)}) for kind in ("jpeg", "png")]
     table = load_dataset("webdataset", data_files=[str(shard) for shard in shards], split="train", streaming=True)
-    stream = table_stream(table, "owner/shards")
+    stream = table_stream(table, "owner/shards", Reading())
     assert [record.id for record in stream.open_shard(0)] == ["jpeg.tar#0.jpeg"]
     with pytest.raises(ValueError, match=r"'png.tar#0.jpeg' does not exist.*Download the shards"):
         list(stream.open_shard(1))

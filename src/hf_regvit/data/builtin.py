@@ -20,6 +20,7 @@ _FILES = (
     )),
     "sklearn/datasets/images/china.jpg", "sklearn/datasets/images/flower.jpg",
 )  # fmt: skip
+_TILE, _STRIDE = 64, 32  # pixels
 _BUILTIN_IMAGES = {Path(file).stem.split("_")[0]: file for file in _FILES}
 
 
@@ -56,18 +57,18 @@ def builtin_source(name: str, split: Split | None) -> ImageSource:
     return _image_tiles(split) if name == "photos" else _digits(split)
 
 
-def _image_tiles(split: Split | None, *, tile: int = 64, stride: int = 32, train_share: float = 0.7) -> ImageSource:
+def _image_tiles(split: Split | None) -> ImageSource:
     ids, boxes, labels = [], [], []
     photos = _builtin_images_384()
     for label, (name, image) in enumerate(photos.items()):
-        border = train_share * image.width
-        for top in range(0, image.height - tile + 1, stride):
-            for left in range(0, image.width - tile + 1, stride):
+        border = 0.7 * image.width
+        for top in range(0, image.height - _TILE + 1, _STRIDE):
+            for left in range(0, image.width - _TILE + 1, _STRIDE):
                 # A tile that crosses the border is in neither split, so that no pixel is in both.
-                part = "train" if left + tile <= border else "validation" if left >= border else None
+                part = "train" if left + _TILE <= border else "validation" if left >= border else None
                 if part is not None and split in (None, part):
                     ids.append(f"{name}/{part}/{top:03d}_{left:03d}")
-                    boxes.append((label, (left, top, left + tile, top + tile)))
+                    boxes.append((label, (left, top, left + _TILE, top + _TILE)))
                     labels.append(label)
     read = partial(_read_tile, tuple(photos.values()), boxes)
     return ImageSource(name="photos", ids=ids, read=read, labels=labels, label_names=tuple(photos))
@@ -78,7 +79,7 @@ def _read_tile(photos: tuple[Image.Image, ...], boxes: list[tuple[int, tuple]], 
     return photos[photo].crop(box)
 
 
-def _digits(split: Split | None, *, size: int = 32) -> ImageSource:
+def _digits(split: Split | None) -> ImageSource:
     from sklearn.datasets import load_digits
 
     scans = load_digits()
@@ -87,14 +88,12 @@ def _digits(split: Split | None, *, size: int = 32) -> ImageSource:
     names = tuple(str(digit) for digit in range(10))
     labels = scans.target.tolist()
     ids = [f"digit/{i:04d}" for i in range(len(labels))]
-    source = ImageSource(
-        name="digits", ids=ids, read=partial(_read_digit, pixels, size), labels=labels, label_names=names
-    )
+    source = ImageSource(name="digits", ids=ids, read=partial(_read_digit, pixels), labels=labels, label_names=names)
     if split is None:
         return source
     train, held_out = stratified_split(labels, held_out_share=0.2, seed=0)
     return source.subset(train if split == "train" else held_out)
 
 
-def _read_digit(pixels: np.ndarray, size: int, index: int) -> Image.Image:
-    return Image.fromarray(pixels[index]).resize((size, size), Image.Resampling.BICUBIC).convert("RGB")
+def _read_digit(pixels: np.ndarray, index: int) -> Image.Image:
+    return Image.fromarray(pixels[index]).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")

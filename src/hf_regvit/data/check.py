@@ -269,10 +269,10 @@ class DataReport:
         lines.append(_duplicate_lines(near, self.near_duplicates))
         kinds = Counter(record["kind"] for record in self.bad)
         lines.append(f"bad images: {len(self.bad)}" + (f" ({_counts(kinds)})" if kinds else ""))
-        lines += _named(self.bad, 10)
+        lines += _named(self.bad)
         if self.problems:
             lines.append(f"other problems: {len(self.problems)}")
-            lines += _named(self.problems, 10)
+            lines += _named(self.problems)
         lines.append(
             f"training with {self.batch_size} images per step: {self.steps_per_epoch} steps per epoch; "
             f"{self.upsampled_share:.1%} of the images are smaller than {self.image_size} px and would be enlarged"
@@ -281,13 +281,13 @@ class DataReport:
         return "\n".join(line for line in lines if line).encode("utf-8", "backslashreplace").decode()
 
 
-def _class_line(classes: dict[str, int] | None, most: int = 20) -> str:
+def _class_line(classes: dict[str, int] | None) -> str:
     if not classes:
         return ", no labels"
     sizes = classes.values()
     span = f"{min(sizes)} to {max(sizes)} images" if min(sizes) < max(sizes) else f"{min(sizes)} images each"
     line = f", {len(classes)} classes of {span}"
-    return line if len(classes) > most else f"{line}: {_counts(classes)}"
+    return line if len(classes) > 20 else f"{line}: {_counts(classes)}"
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -303,9 +303,9 @@ def _duplicate_lines(what: str, found: Duplicates) -> str:
     return "\n".join([line, *("  " + " = ".join(group[:4]) for group in found.examples[:3])])
 
 
-def _named(records: Sequence[dict[str, str]], most: int) -> list[str]:
-    lines = [f"  {record['path']}: {record['reason']}" for record in records[:most]]
-    return lines + ([f"  and {len(records) - most} more (all with --json)"] if len(records) > most else [])
+def _named(records: Sequence[dict[str, str]]) -> list[str]:
+    lines = [f"  {record['path']}: {record['reason']}" for record in records[:10]]
+    return lines + ([f"  and {len(records) - 10} more (all with --json)"] if len(records) > 10 else [])
 
 
 def check_data(
@@ -456,12 +456,12 @@ def _near_duplicates(good: Sequence[_Finding], limit: int) -> Duplicates:
     return _duplicates(list(members.values()), len(twins))
 
 
-def _have_same_colors(thumbnails: Sequence[bytes], pairs: np.ndarray, chunk: int = 65_536) -> np.ndarray:
+def _have_same_colors(thumbnails: Sequence[bytes], pairs: np.ndarray) -> np.ndarray:
     """Test if the thumbnails of each pair differ by at most `_SAME_COLORS` levels on average, (pairs,) bool."""
     pixels = np.frombuffer(b"".join(thumbnails), dtype=np.uint8).reshape(-1, 8 * 9 * 3)
     same = [np.empty(0, dtype=bool)]
-    for start in range(0, len(pairs), chunk):
-        one, other = (pixels[pairs[start : start + chunk, side]].astype(np.int16) for side in (0, 1))
+    for start in range(0, len(pairs), 65_536):  # limits the memory
+        one, other = (pixels[pairs[start : start + 65_536, side]].astype(np.int16) for side in (0, 1))
         same.append(np.abs(one - other).mean(axis=1) <= _SAME_COLORS)
     return np.concatenate(same)
 

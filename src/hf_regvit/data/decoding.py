@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 logger = logging.getLogger(__name__)
 
@@ -121,18 +122,17 @@ def open_image(
     return _guarded(None, source if isinstance(source, bytes) else read_bytes(source, name), name, limits)
 
 
-def open_map(data: bytes, *, name: str, limits: ImageLimits | None = None) -> Image.Image:
+def open_map(data: bytes, *, name: str, limits: ImageLimits) -> Image.Image:
     """Decode an image whose values are measurements or class ids, without conversion or rotation.
 
     Args:
         data: Bytes of an encoded file.
         name: Name in error messages.
-        limits: Limits on the size. Default: `ImageLimits()`.
+        limits: Limits on the size.
 
     Raises:
         BadImageError: The file is empty, truncated, corrupt, not an image, or outside `limits`.
     """
-    limits = limits or ImageLimits()
     with _bad_image(data, name, limits), Image.open(BytesIO(data), formats=known_formats()) as image:
         _check_size(image.size, name, limits)
         image.load()
@@ -351,12 +351,10 @@ def _salvage(data: bytes, error: BadImageError, limits: ImageLimits) -> Image.Im
     """
     if not data.startswith(b"\xff\xd8"):
         raise error
-    with Image.open(BytesIO(data)) as image:
-        if "progressive" in image.info or _orientation(image) != 1:
-            raise error
-        block = 8 * max(
-            vertical for _, _, vertical, _ in cast(Any, image).layer
-        )  # pixel rows that are decoded together
+    image = JpegImageFile(BytesIO(data))
+    if "progressive" in image.info or _orientation(image) != 1:
+        raise error
+    block = 8 * max(vertical for _, _, vertical, _ in image.layer)  # pixel rows that are decoded together
     body = data.rstrip(b"\xff")  # removes an incomplete marker at the end
     strict = replace(limits, on_truncated="skip")
     one, other = (_guarded(None, body + filler + b"\xff\xd9", error.path, strict) for filler in (b"", b"\x55" * 64))

@@ -34,7 +34,7 @@ def label_in_file(name: str, content: bytes, label_column: str | None = None) ->
     return value if is_class else None
 
 
-def add_label(labels: dict[str, int | str], name: str, content: bytes, label_column: str | None = None) -> None:
+def add_label(labels: dict[str, int | str], name: str, content: bytes, label_column: str | None) -> None:
     """Add the class in a `.cls` or `.json` file to `labels` by its name without suffix; `.cls` takes precedence."""
     stem, label = name.rpartition(".")[0], label_in_file(name, content, label_column)
     if label is not None and (stem not in labels or name.endswith(".cls")):

@@ -8,7 +8,7 @@ Fine-tuning, evaluation, `data-check` and the monitors of pretraining open their
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 Data = str | Path | ImageSource
 Draw = Literal["every_class", "in_order", "shuffled"]
-_LOADERS: dict[str, Any] = {"classes": load_images, "images": load_images, "masks": load_masks, "depth": load_depth}
+_LOADERS: dict[str, Callable] = {
+    "classes": load_images, "images": load_images, "masks": load_masks, "depth": load_depth,
+}  # fmt: skip
 _SUBSET = 0x5E  # last number of the seed of a shuffled draw; it separates the random streams
 
 
@@ -105,9 +107,12 @@ def open_parts(
         ValueError: No source is given, or there are too few images to hold out any.
     """
     load = partial(_load, kind=kind, options=options or {})
-    if data is None and train is None:
+    if train is not None:
+        trained = load(train, None if data is None else "train", or_all=True)
+    elif data is not None:
+        trained = load(data, "train")
+    else:
         raise ValueError("There are no images to train on. Give data with a training split, or train.")
-    trained = load(data, "train") if train is None else load(train, None if data is None else "train", or_all=True)
     held, is_from_train = None, False
     if heldout is not None:
         held = load(heldout, None, like=trained)
@@ -166,12 +171,12 @@ def heldout_streams(
 
 
 def _load(
-    data: Any,
+    data: Data | Sequence[str | Path],
     split: Split | None,
     *,
     kind: str,
     options: Mapping[str, Any],
-    like: Any = None,
+    like: ImageSource | None = None,
     or_all: bool = False,
 ) -> ImageSource:
     """Load one split, or with `or_all` everything where there is no such split."""
@@ -179,7 +184,7 @@ def _load(
         if split == "validation" and not or_all:
             raise MissingSplitError(f"'{data.name}' is a single set of images without splits.")
         return data
-    if kind == "masks" and like is not None:
+    if kind == "masks" and isinstance(like, DenseSource):
         options = {**options, "mask_format": like.format}
 
     try:

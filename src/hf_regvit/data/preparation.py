@@ -42,7 +42,7 @@ class _ImageItems:
     total: int | None
 
 
-def _items_of(images: Any) -> _ImageItems:
+def _items_of(images: object) -> _ImageItems:
     """Wrap any supported kind of input in one interface."""
     if isinstance(images, str | Path):
         images = load_images(images, split=None)
@@ -175,7 +175,7 @@ def report_skipped(num_used: int, skipped: Sequence[SkippedImage], name: str) ->
 
 
 def prepare_images(
-    images: Any,
+    images: object,
     transform: EvaluationTransform | TokenReader,
     *,
     batch_size: int = 32,

@@ -39,10 +39,10 @@ class MissingSplitError(ValueError):
     """The source exists, but it does not have the requested split."""
 
 
-def listed(names: Sequence[str], limit: int = 8) -> str:
-    """Return the first names in quotation marks for a message, and the number of the others."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(repr, names[:limit])) + more
+def listed(names: Sequence[str]) -> str:
+    """Return the first eight names in quotation marks for a message, and the number of the others."""
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(map(repr, names[:8])) + more
 
 
 @dataclass(frozen=True)

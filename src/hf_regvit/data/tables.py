@@ -100,7 +100,7 @@ def _is_text(feature: object) -> bool:
     return str(getattr(feature, "dtype", "")).endswith("string")
 
 
-def _other_images(features: Any, first_row: Callable[[], Mapping[str, Any]]) -> str:
+def _other_images(features: "datasets.Features", first_row: Callable[[], Mapping[str, Any]]) -> str:
     """Return sentences on columns that concern images but do not hold one per row."""
     found = []
     for column, feature in features.items():
@@ -118,7 +118,7 @@ def _other_images(features: Any, first_row: Callable[[], Mapping[str, Any]]) -> 
 
 
 def choose_columns(
-    features: Any, name: str, reading: Reading, first_row: Callable[[], Mapping[str, Any]]
+    features: "datasets.Features", name: str, reading: Reading, first_row: Callable[[], Mapping[str, Any]]
 ) -> tuple[str, str | None]:
     """Return the names of the image column and of the label column, if any.
 
@@ -152,12 +152,12 @@ def choose_columns(
     return column, label_column or ("label" if "label" in integers else None)
 
 
-def table_images(table: "datasets.Dataset", name: str, reading: Reading | None = None) -> ImageSource:
+def table_images(table: "datasets.Dataset", name: str, reading: Reading) -> ImageSource:
     """Create a source from a `datasets` table whose encoded images are decoded with `open_image`."""
     from datasets import ClassLabel
     from datasets import Image as ImageFeature
 
-    features, reading = table.features, reading or Reading()
+    features = table.features
     column, label_column = choose_columns(
         features,
         name,
@@ -230,19 +230,18 @@ class ImageStream:
     label_names: tuple[str, ...] | None = None
 
 
-def table_stream(table: "datasets.IterableDataset", name: str, reading: Reading | None = None) -> ImageStream:
+def table_stream(table: "datasets.IterableDataset", name: str, reading: Reading) -> ImageStream:
     """Create a stream of the images of a streamed table of `datasets`, which stay encoded."""
     from datasets import ClassLabel
     from datasets import Image as ImageFeature
 
     features = table.features or table._resolve_features().features
-    column, label_column = choose_columns(features, name, reading or Reading(), lambda: next(iter(table), {}))
+    column, label_column = choose_columns(features, name, reading, lambda: next(iter(table), {}))
     feature = features[label_column] if label_column else None
     names = tuple(map(plain, feature.names)) if isinstance(feature, ClassLabel) else None
     if isinstance(features[column], ImageFeature):
         table = table.cast_column(column, ImageFeature(decode=False))
-    columns = column, label_column
-    open_shard = partial(_stream_shard, table, name, *columns, reading is not None and reading.follow_paths)
+    open_shard = partial(_stream_shard, table, name, column, label_column, reading.follow_paths)
     return ImageStream(name, table.num_shards, open_shard, names)
 
 

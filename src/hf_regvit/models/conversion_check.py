@@ -10,6 +10,7 @@ from torch import Tensor
 from .configuration_regvit import RegViTConfig
 from .families import find_tower
 from .foreign_weights import ForeignModel, first_line
+from .modeling_regvit import RegViTForImageClassification, RegViTModel
 from .source_families import SOURCES, ConversionError
 from .tokens import all_patches_in_order, forward_options
 
@@ -20,7 +21,7 @@ VERIFY_TOLERANCE = 1e-4
 
 
 @torch.no_grad()
-def check_outputs(model: Any, origin: ForeignModel) -> None:
+def check_outputs(model: RegViTModel | RegViTForImageClassification, origin: ForeignModel) -> None:
     """Compare the outputs with the source model on random images, at its native size and at two others."""
     if origin.load is None:
         logger.warning(
@@ -100,10 +101,12 @@ def _run_source(source: Any, pixels: Tensor, origin: ForeignModel, config: RegVi
     return outputs
 
 
-def _difference(model: Any, pixels: Tensor, expected: dict[str, Tensor]) -> float:
+def _difference(
+    model: RegViTModel | RegViTForImageClassification, pixels: Tensor, expected: dict[str, Tensor]
+) -> float:
     """Return the largest difference of the outputs, relative to the standard deviation of each."""
     ours = dict(model(pixels, output_hidden_states=True))
-    if "logits" in ours:
+    if isinstance(model, RegViTForImageClassification):
         ours = {**model.regvit(pixels), **ours}
     ours["hidden_states"] = ours["hidden_states"][-1]
     differences = []

@@ -41,7 +41,7 @@ def _family_name(module: nn.Module) -> str | None:
     return model_type if model_type in FAMILIES else None
 
 
-def unwrapped(model: Any) -> Any:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside the wrappers of `torch.compile`, data parallelism and weight averaging."""
     inner: str | None = ""
     while isinstance(model, nn.Module) and inner is not None:
@@ -282,7 +282,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def attention_output(block: Any, family: Family) -> Tensor | None:
+def attention_output(block: nn.Module, family: Family) -> Tensor | None:
     """Return the weight (D, heads * head_dim) with which a block adds its heads to the tokens, LayerScale included.
 
     Returns:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .configuration_regvit import (
@@ -31,7 +33,7 @@ from .configuration_regvit import (
 )
 from .families import FAMILIES, IN_PLACE, TIMM_CLASSES, find_tower, unknown_family, unwrapped
 from .manifest import check_archive, check_weights
-from .processing import default_image_processor, known_processor, saved_processor
+from .processing import ImageProcessor, default_image_processor, known_processor, saved_processor
 from .saving import read_object
 from .source_families import SOURCES, ConversionError, open_clip_fields, refusal, timm_fields, transformers_fields
 
@@ -76,7 +78,7 @@ class ForeignModel:
     names: dict[str, str]
     fields: dict[str, Any] = field(default_factory=dict)
     load: Callable[[], nn.Module] | None = None
-    processor: Any = None
+    processor: ImageProcessor | dict[str, Any] | None = None
     rotation: tuple[bool, bool] = (False, False)
     is_official: bool = False
     projects: bool = False
@@ -86,14 +88,14 @@ class ForeignModel:
         """Tensors of the tower by their names without its prefix."""
         return {name: self.tensors[full] for name, full in self.names.items()}
 
-    def image_processor(self, config: RegViTConfig) -> Any:
+    def image_processor(self, config: RegViTConfig) -> ImageProcessor | None:
         """Return the image processor of the source for the converted model, or None if none is known."""
         if self.processor is None and self.is_official:
             return default_image_processor(config.image_shape)
         return _timm_processor(config, self.processor) if isinstance(self.processor, dict) else self.processor
 
 
-def _timm_processor(config: RegViTConfig, settings: dict[str, Any]) -> Any:
+def _timm_processor(config: RegViTConfig, settings: dict[str, Any]) -> BaseImageProcessor:
     """Create the image processor that corresponds to a timm model's `pretrained_cfg`.
 
     Source: timm `data/transforms_factory.py`, `transforms_imagenet_eval`: the crop is `crop_pct` of the resized side.
@@ -219,7 +221,7 @@ def check_config(config: Mapping[str, Any], source: str | Path) -> None:
             )
 
 
-def load_pretrained(model_class: Any, source: str | Path, **options: Any) -> Any:
+def load_pretrained(model_class: type[Any], source: str | Path, **options: Any) -> Any:
     """Load a model with a class of transformers, so that every error of a damaged file names it.
 
     Raises:
@@ -556,7 +558,7 @@ def quiet_transformers(level: int = logging.ERROR) -> Iterator[None]:
         library_logging.set_verbosity(before)
 
 
-def saved_class(config: dict[str, Any], *, whole: bool = False) -> Any:
+def saved_class(config: dict[str, Any], *, whole: bool = False) -> type[Any]:
     """Return the class that a model was saved from: a backbone class would warn about a pooler that is not used."""
     import transformers
 
@@ -564,9 +566,10 @@ def saved_class(config: dict[str, Any], *, whole: bool = False) -> Any:
 
     kind = config.get("model_type")
     name = ("" if whole else _TOWER_CLASSES.get(str(kind))) or next(iter(config.get("architectures") or []), "")
-    found: Any = getattr(modeling_regvit if kind == "regvit" else transformers, name, None)
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model else transformers.AutoModel
+    found = getattr(modeling_regvit if kind == "regvit" else transformers, name, None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    return transformers.AutoModel
 
 
 def _load_transformers(source: str, config: dict[str, Any], whole: bool) -> tuple[nn.Module, set[str]]:
@@ -589,7 +592,7 @@ def _load_transformers(source: str, config: dict[str, Any], whole: bool) -> tupl
     return model, set(info["missing_keys"])
 
 
-def import_timm(source: str | Path) -> Any:
+def import_timm(source: str | Path) -> ModuleType:
     """Import timm for a model, or raise with the line that installs it."""
     try:
         import timm

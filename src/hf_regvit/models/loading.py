@@ -45,7 +45,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _plain_tensors(tensor: Any) -> Iterator[torch.Tensor]:
+def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the tensors inside a quantized one, which has no memory of its own."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
@@ -124,7 +124,7 @@ def embed(
     return open_model(model).embed(images, normalize=normalize, batch_size=batch_size)
 
 
-def choose_device(device: str | torch.device = "auto") -> torch.device:
+def choose_device(device: str | torch.device) -> torch.device:
     """Return a device; "auto" is the first of cuda, mps, xpu and cpu that exists."""
     if device != "auto":
         return torch.device(device)
@@ -132,7 +132,7 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     return torch.device(next((name for name, kind in available.items() if kind.is_available()), "cpu"))
 
 
-def open_regvit(source: "TokenReader | nn.Module | str | Path") -> Any:
+def open_regvit(source: "TokenReader | nn.Module | str | Path") -> RegViTPreTrainedModel:
     """Open a model as a RegViT on the CPU: with the class it was saved from, or converted.
 
     Args:
@@ -153,7 +153,11 @@ def open_regvit(source: "TokenReader | nn.Module | str | Path") -> Any:
     named = checked_source(source)
     config = {} if has_no_config(named) else config_of(named)
     refuse_quantized(named, config)
-    return load_module(named, config)[0] if config.get("model_type") == "regvit" else convert(named)
+    if config.get("model_type") != "regvit":
+        return convert(named)
+    model = load_module(named, config)[0]
+    assert isinstance(model, RegViTPreTrainedModel)
+    return model
 
 
 def short_names(models: Sequence[str | Path]) -> list[str]:
@@ -203,7 +207,7 @@ def checkpoint_folder(folder: str | Path) -> Path:
     return found
 
 
-def load_checkpoint(folder: Path) -> Any:
+def load_checkpoint(folder: Path) -> RegViTPreTrainedModel:
     """Load the RegViT of a folder with the class and the data type in which it was saved.
 
     Raises:
@@ -282,12 +286,12 @@ def fit_positions(backbone: RegViTModel, image_size: int | tuple[int, int], *, o
     grid, before = (height // rows, width // columns), config.grid
     if grid == before:
         return []
-    if embeddings.position_embeddings is None:
-        config.image_size = image_size if isinstance(image_size, int) else list(image_size)
-        return []
-    prefix = embeddings.position_embeddings[:, : config.num_position_prefix]
-    table = torch.cat([prefix, embeddings.resample_positions(grid)], dim=1)
-    embeddings.position_embeddings = nn.Parameter(table.contiguous())
+    changes = []
+    if embeddings.position_embeddings is not None:
+        prefix = embeddings.position_embeddings[:, : config.num_position_prefix]
+        table = torch.cat([prefix, embeddings.resample_positions(grid)], dim=1)
+        embeddings.position_embeddings = nn.Parameter(table.contiguous())
+        embeddings.train(embeddings.training)  # clears resampled tables that are cached from the old one
+        changes.append(f"Its positions are resampled from {before[0]} x {before[1]} to {grid[0]} x {grid[1]} patches.")
     config.image_size = image_size if isinstance(image_size, int) else list(image_size)
-    embeddings.train(embeddings.training)  # clears resampled tables that are cached from the old one
-    return [f"Its positions are resampled from {before[0]} x {before[1]} to {grid[0]} x {grid[1]} patches."]
+    return changes

@@ -310,7 +310,7 @@ def unknown_processor(model: nn.Module) -> UnknownProcessorError:
     )
 
 
-def _timm_transform(tower: Any, settings: dict[str, Any]) -> EvaluationTransform:
+def _timm_transform(tower: nn.Module, settings: dict[str, Any]) -> EvaluationTransform:
     from timm.data import create_transform, resolve_data_config
 
     config = resolve_data_config({"input_size": (3, *describe_model(tower).image_size)}, pretrained_cfg=settings)

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     BitImageProcessor,
     BitImageProcessorPil,
+    PreTrainedModel,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
@@ -44,7 +45,7 @@ RegViTConfig.register_for_auto_class()
 _load_backbone_from_hub = AutoBackbone.from_pretrained
 
 
-def _load_backbone(source: str | PathLike[str], *args: Any, **options: Any) -> Any:
+def _load_backbone(source: str | PathLike[str], *args: Any, **options: Any) -> PreTrainedModel:
     """Load a backbone: a local folder with a RegViT here, everything else as transformers does.
 
     `AutoBackbone` of transformers rejects every local folder, because it asks the Hub whether the name exists.

@@ -95,7 +95,7 @@ def check_space(folder: str | Path, needed: int) -> None:
 
 
 @contextmanager
-def explain_full_disk(path: Path, unfinished: Path | None = None, needed: int = 0) -> Iterator[None]:
+def explain_full_disk(path: Path, unfinished: Path | None = None, *, needed: int) -> Iterator[None]:
     """Turn the error of a full disk into a `NoSpaceError`; safetensors reports it as its own type.
 
     Args:
@@ -185,7 +185,7 @@ def whole_file(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
     _sweep(path.parent, os.getpid())
     unfinished = path.with_name(f".{path.name}.{_MACHINE}-{os.getpid()}.partial")
     try:
-        with explain_full_disk(path, unfinished, needed):
+        with explain_full_disk(path, unfinished, needed=needed):
             yield unfinished
             flush(unfinished)
         unfinished.replace(path)
@@ -244,7 +244,7 @@ def whole_folder(output: str | Path, *, needed: int = 0) -> Iterator[Path]:
     _sweep(output, os.getpid())
     with tempfile.TemporaryDirectory(dir=output, prefix=f".unfinished-{_MACHINE}-{os.getpid()}-") as name:
         staged = Path(name)
-        with explain_full_disk(output, staged, needed):
+        with explain_full_disk(output, staged, needed=needed):
             yield staged
             apply_umask(staged)
             for path in staged.rglob("*"):

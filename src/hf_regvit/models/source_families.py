@@ -176,11 +176,11 @@ def open_clip_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 _GELU = {"GELU": "gelu", "SiLU": "silu", "ReLU": "relu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh"}
 
 
-def _is(module: Any, *names: str) -> bool:
+def _is(module: object, *names: str) -> bool:
     return type(module).__name__ in names
 
 
-def _has(module: Any) -> bool:
+def _has(module: object) -> bool:
     return module is not None and not isinstance(module, nn.Identity)
 
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -180,14 +180,17 @@ class TokenReader:
     @property
     def takes_other_sizes(self) -> bool:
         """True if images may have another size than that of the position table."""
-        return _takes_other_sizes(self.tower, self.description)
+        if self.description.is_timm:
+            return bool(getattr(self.tower, "dynamic_img_size", False))
+        # AIMv2 has either a position table for one size or no table.
+        return getattr(self.tower.config, "is_native", True)
 
     @cached_property
     def reads_attention(self) -> bool:
         """True if the attention weights of every block can be read."""
         blocks = map(unwrapped, self.tower.get_submodule(self.family.blocks).children())
-        parts = [getattr(block, self.family.attention, None) for block in blocks]  # the path is one name
-        return all(is_softmax_attention(unwrapped(part)) for part in parts)
+        path = self.family.attention
+        return all(has_part(b, path) and is_softmax_attention(unwrapped(b.get_submodule(path))) for b in blocks)
 
     @cached_property
     def processor(self) -> ImageProcessor | None:
@@ -249,12 +252,42 @@ class TokenReader:
     ) -> dict[Site, TokenReading]:
         """Read several sites in one forward pass, e.g. `{"residual": "all", "attention": (-1,)}`; see `read`."""
         tower, name, description = self.tower, self.family_name, self.description
-        pixel_values = _checked_pixels(tower, description, pixel_values)
+        pixel_values = self._checked(pixel_values)
         wanted = {site: resolve_layers(layers, description.num_layers, site) for site, layers in sites.items()}
         collector = _Collector(self.family, description, wanted, dict(reduce or {}))
         with _evaluating(tower), all_patches_in_order(tower, name), collector.attached(tower):
             tower(pixel_values, **forward_options(name, description.image_size, description.patch_size, pixel_values))
         return collector.readings()
+
+    def _checked(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Move the pixels to the model's device and dtype; raise if the model cannot read them."""
+        if not isinstance(pixel_values, torch.Tensor):
+            raise TypeError(
+                f"pixel_values is a {type(pixel_values).__name__}, expected a tensor (batch, 3, height, width). "
+                "Create one with prepare_images, which also resizes images of different sizes."
+            )
+        if pixel_values.ndim != 4 or not pixel_values.is_floating_point() or not len(pixel_values):
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)} and dtype {pixel_values.dtype}, expected "
+                "normalized floating-point pixels (batch, 3, height, width). Create them with prepare_images."
+            )
+        description = self.description
+        size, patch = tuple(pixel_values.shape[-2:]), description.patch_size
+        # The native size is always accepted: some models drop a border there (384 pixels in patches of 14).
+        if size != description.image_size and (size[0] % patch[0] or size[1] % patch[1] or min(size) < max(patch)):
+            nearest = " x ".join(str(max(1, round(side / step)) * step) for side, step in zip(size, patch))
+            raise ValueError(
+                f"The image size of {size[0]} x {size[1]} pixels is not a multiple of the patch size of {patch[0]} x "
+                f"{patch[1]}. Resize or crop the images to {nearest}."
+            )
+        if size != description.image_size and not self.takes_other_sizes:
+            raise ValueError(
+                f"This {description.family} model only accepts images of {description.image_size[0]} x "
+                f"{description.image_size[1]} pixels, not {size[0]} x {size[1]}. "
+                f"{'Create it with dynamic_img_size=True, or resize' if description.is_timm else 'Resize'} the images."
+            )
+        like = next(self.tower.parameters())
+        return pixel_values.to(like.device, like.dtype)
 
     def read_final(self, pixel_values: torch.Tensor) -> TokenReading:
         """Read the tokens of the last block after the final norm; see `read`."""
@@ -438,49 +471,13 @@ def resolve_layers(layers: Layers, num_layers: int, site: Site = "residual") -> 
     return resolved
 
 
-def _checked_pixels(tower: nn.Module, description: ModelDescription, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Move the pixels to the model's device and dtype; raise if the model cannot read them."""
-    if not isinstance(pixel_values, torch.Tensor):
-        raise TypeError(
-            f"pixel_values is a {type(pixel_values).__name__}, expected a tensor (batch, 3, height, width). Create "
-            "one with prepare_images, which also resizes images of different sizes."
-        )
-    if pixel_values.ndim != 4 or not pixel_values.is_floating_point() or not len(pixel_values):
-        raise ValueError(
-            f"pixel_values has shape {tuple(pixel_values.shape)} and dtype {pixel_values.dtype}, expected normalized "
-            "floating-point pixels (batch, 3, height, width). Create them with prepare_images."
-        )
-    size, patch = tuple(pixel_values.shape[-2:]), description.patch_size
-    # The native size is always accepted: some models drop a border there (384 pixels in patches of 14).
-    if size != description.image_size and (size[0] % patch[0] or size[1] % patch[1] or min(size) < max(patch)):
-        nearest = " x ".join(str(max(1, round(side / step)) * step) for side, step in zip(size, patch))
-        raise ValueError(
-            f"The image size of {size[0]} x {size[1]} pixels is not a multiple of the patch size of {patch[0]} x "
-            f"{patch[1]}. Resize or crop the images to {nearest}."
-        )
-    if size != description.image_size and not _takes_other_sizes(tower, description):
-        raise ValueError(
-            f"This {description.family} model only accepts images of {description.image_size[0]} x "
-            f"{description.image_size[1]} pixels, not {size[0]} x {size[1]}. "
-            f"{'Create it with dynamic_img_size=True, or resize' if description.is_timm else 'Resize'} the images."
-        )
-    like = next(tower.parameters())
-    return pixel_values.to(like.device, like.dtype)
-
-
-def _takes_other_sizes(tower: Any, description: ModelDescription) -> bool:
-    if description.is_timm:
-        return bool(getattr(tower, "dynamic_img_size", False))
-    return getattr(tower.config, "is_native", True)  # AIMv2 has either a position table for one size or no table
-
-
 def forward_options(
     name: str, image_size: tuple[int, int], patch_size: tuple[int, int], pixel_values: torch.Tensor
 ) -> dict[str, Any]:
     """Return the arguments with which the tower's forward pass keeps all patches of this image size in order."""
     size = tuple(pixel_values.shape[-2:])
     options: dict[str, Any] = {}
-    if name in FAMILIES and FAMILIES[name].resize_switch and size != image_size:
+    if FAMILIES[name].resize_switch and size != image_size:
         options["interpolate_pos_encoding"] = True
     if name == "vit_mae":  # sorts the patches by this noise, which is random by default
         cells = (size[0] // patch_size[0]) * (size[1] // patch_size[1])
@@ -510,17 +507,17 @@ def _not_compiled() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def all_patches_in_order(tower: Any, name: str) -> Iterator[None]:
+def all_patches_in_order(tower: nn.Module, name: str) -> Iterator[None]:
     """Set MAE's `mask_ratio` to 0 while reading; otherwise it drops three quarters of the patches."""
     if name != "vit_mae":
         yield
         return
-    mask_ratio = tower.config.mask_ratio
-    tower.config.mask_ratio = 0.0
+    config: Any = tower.config
+    mask_ratio, config.mask_ratio = config.mask_ratio, 0.0
     try:
         yield
     finally:
-        tower.config.mask_ratio = mask_ratio
+        config.mask_ratio = mask_ratio
 
 
 class _Collector:
@@ -548,7 +545,7 @@ class _Collector:
         with ExitStack() as stack:
 
             def hook(module: nn.Module, function: Callable, *, before: bool = False) -> None:
-                def see(*args: Any) -> None:
+                def see(*args: object) -> None:
                     if threading.get_ident() == thread:
                         function(*args)
 
@@ -561,9 +558,9 @@ class _Collector:
                 hook(blocks[0], self._see_embedding, before=True)
             for layer, block in enumerate(blocks, start=1):
                 if layer in self.wanted.get("residual", ()):
-                    hook(block, self._see_block(layer))
+                    hook(block, partial(self._see_block, layer))
                 if layer in self.wanted.get("mlp", ()):
-                    hook(self._part(block, *family.mlp_output), self._see_activations(layer), before=True)
+                    hook(self._part(block, *family.mlp_output), partial(self._see_activations, layer), before=True)
                 sites = [site for site in _ATTENTION_SITES if layer in self.wanted.get(site, ())]
                 if sites:
                     attention: Any = self._part(block, family.attention)
@@ -575,12 +572,12 @@ class _Collector:
                         )
                     if not has_part(attention, "qkv"):
                         for site, paths in zip("qkv", family.projections):
-                            hook(self._part(attention, *paths), self._see_projection(site))
+                            hook(self._part(attention, *paths), partial(self._see_projection, site))
                     elif getattr(attention, "q_bias", None) is None:
-                        hook(attention.qkv, self._see_projection("qkv"))
+                        hook(attention.qkv, partial(self._see_projection, "qkv"))
                     else:
                         hook(attention, self._see_input, before=True)
-                    hook(attention, self._see_attention(layer, sites))
+                    hook(attention, partial(self._see_attention, layer, sites))
             yield
 
     def _part(self, module: nn.Module, *paths: str) -> nn.Module:
@@ -608,24 +605,17 @@ class _Collector:
             tokens = torch.cat([tokens[:, :prefix], registers, tokens[:, prefix:]], dim=1)
         self._keep("residual", 0, tokens)
 
-    def _see_block(self, layer: int) -> Callable:
-        def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            tokens = output[0] if isinstance(output, tuple) else output
-            self._keep("residual", layer, join_registers(tokens, vars(module).get(IN_PLACE, (0,))[0]))
+    def _see_block(
+        self, layer: int, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor | tuple
+    ) -> None:
+        tokens = output[0] if isinstance(output, tuple) else output
+        self._keep("residual", layer, join_registers(tokens, vars(module).get(IN_PLACE, (0,))[0]))
 
-        return see
+    def _see_activations(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._keep("mlp", layer, args[0])
 
-    def _see_activations(self, layer: int) -> Callable:
-        def see(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._keep("mlp", layer, args[0])
-
-        return see
-
-    def _see_projection(self, sites: str) -> Callable:
-        def see(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-            self.projected.update(zip(sites, output.chunk(len(sites), dim=-1)))
-
-        return see
+    def _see_projection(self, sites: str, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+        self.projected.update(zip(sites, output.chunk(len(sites), dim=-1)))
 
     def _see_input(self, attention: Any, args: tuple, kwargs: dict) -> None:
         """Compute the projections of attentions that keep the biases of `qkv` separately (EVA in timm).
@@ -639,16 +629,15 @@ class _Collector:
             projected = nn.functional.linear(args[0], attention.qkv.weight, bias)
         self.projected.update(zip("qkv", projected.chunk(3, dim=-1)))
 
-    def _see_attention(self, layer: int, sites: list[Site]) -> Callable:
-        def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            for site in sites:
-                if site == "attention":
-                    self._keep(site, layer, self._attention_weights(module, kwargs))
-                else:  # copy, because a view would keep the whole fused projection in memory
-                    self._keep(site, layer, self.projected[site].contiguous())
-            self.projected.clear()
-
-        return see
+    def _see_attention(
+        self, layer: int, sites: list[Site], module: nn.Module, args: tuple, kwargs: dict, output: object
+    ) -> None:
+        for site in sites:
+            if site == "attention":
+                self._keep(site, layer, self._attention_weights(module, kwargs))
+            else:  # copy, because a view would keep the whole fused projection in memory
+                self._keep(site, layer, self.projected[site].contiguous())
+        self.projected.clear()
 
     def _attention_weights(self, attention: nn.Module, kwargs: dict) -> torch.Tensor:
         """Compute attention weights (B, heads, T, T) like the eager implementations, with the softmax in float32.

@@ -147,7 +147,7 @@ def target_names(names: Mapping[str, Tensor]) -> dict[str, str]:
     return targets
 
 
-def find_pieces(tensors: Mapping[str, Tensor], width: int, *, masked_key_bias: bool = False) -> list[Piece]:
+def find_pieces(tensors: Mapping[str, Tensor], width: int, *, masked_key_bias: bool) -> list[Piece]:
     """Return the pieces of all tensors of a source.
 
     Args:
