@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 PACKAGE = Path(__file__).with_name("hf_regvit")
 OPTIONS = PACKAGE / "app" / "options.json"
@@ -97,7 +97,7 @@ class OptionParser(argparse.ArgumentParser):
         self.add_argument("--config")
 
     @staticmethod
-    def _add(parser: Any, option: Mapping[str, Any]) -> None:
+    def _add(parser: "argparse.ArgumentParser | argparse._ArgumentGroup", option: Mapping[str, Any]) -> None:
         flags = [flag for name in option["flags"] for flag in _spellings(name)]
         how: dict[str, Any] = {"dest": option["name"], "type": _TYPES[option["type"]]}
         how["metavar"] = _METAVARS.get(option["type"]) or option["flags"][0].upper()
@@ -290,7 +290,7 @@ class _Lines:
     If standard error is not a terminal, each state of a bar becomes a plain line.
     """
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self.stream, self.in_bar, self.is_terminal = stream, False, stream.isatty()
         self.state = ""  # of the last bar, without its times
 
@@ -313,7 +313,7 @@ class _Lines:
             last = text.rpartition("\n")[2]
             if "\n" in text or "\r" in text:
                 self.in_bar = "\r" in last and bool(last.rpartition("\r")[2].strip())
-        return int(self.stream.write(text))
+        return self.stream.write(text)
 
     def _is_new(self, bar: str) -> bool:
         before, self.state = self.state, re.sub(r"\d[\d:]*<[\d:?]+", "", bar)

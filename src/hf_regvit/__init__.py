@@ -65,67 +65,49 @@ if TYPE_CHECKING:
     from .pretraining.run import pretrain
 
 _ON_FIRST_USE = {
-    "check_data": "data.check",
-    "load_images": "data.loading",
-    "diagnose": "diagnosis.diagnose",
-    "repair_in_place": "diagnosis.in_place",
-    "remove_position": "diagnosis.position",
-    "RegisterNeurons": "diagnosis.register_neurons",
-    "RetrofitError": "diagnosis.register_neurons",
-    "add_test_time_registers": "diagnosis.register_neurons",
-    "find_register_neurons": "diagnosis.register_neurons",
-    "ArtifactReport": "diagnosis.report",
-    "RetrofitResult": "diagnosis.retrofit",
-    "retrofit": "diagnosis.retrofit",
-    "FeatureSettings": "evaluation.dense_features",
-    "choose_features": "evaluation.dense_features",
-    "TokenFeatures": "evaluation.extraction",
-    "extract_features": "evaluation.extraction",
-    "knn_classify": "evaluation.knn",
-    "discover_objects": "evaluation.lost",
-    "EvaluationReport": "evaluation.report",
-    "EvaluationTable": "evaluation.report",
-    "compare_backbones": "evaluation.run",
-    "evaluate_backbone": "evaluation.run",
-    "FinetuningArguments": "finetuning.arguments",
-    "finetune": "finetuning.run",
-    "ExportReport": "hub.export",
-    "export": "hub.export",
-    "ExportError": "hub.exported",
-    "ExportedModel": "hub.exported",
-    "load_exported": "hub.exported",
-    "publish": "hub.publish",
-    "ConfigError": "models.configuration_regvit",
-    "RegViTConfig": "models.configuration_regvit",
-    "__version__": "models.configuration_regvit",
-    "convert": "models.conversion",
-    "convert_back": "models.conversion",
-    "ConversionError": "models.source_families",
-    "embed": "models.loading",
-    "open_model": "models.loading",
-    "patch_maps": "evaluation.dense_features",
-    "CheckpointCorruptError": "models.configuration_regvit",
-    "CheckpointError": "models.configuration_regvit",
-    "ImageTooSmallError": "models.modeling_regvit",
-    "RegViTBackbone": "models.modeling_regvit",
-    "RegViTForDepthEstimation": "models.modeling_regvit",
-    "RegViTForImageClassification": "models.modeling_regvit",
-    "RegViTForSemanticSegmentation": "models.modeling_regvit",
-    "RegViTModel": "models.modeling_regvit",
-    "RegViTModelOutput": "models.modeling_regvit",
-    "UnknownProcessorError": "models.processing",
-    "TokenReader": "models.tokens",
-    "TokenReading": "models.tokens",
-    "read_tokens": "models.tokens",
-    "PretrainingArguments": "pretraining.arguments",
-    "pretrain": "pretraining.run",
-}
+    "data.check": ("check_data",),
+    "data.loading": ("load_images",),
+    "diagnosis.diagnose": ("diagnose",),
+    "diagnosis.in_place": ("repair_in_place",),
+    "diagnosis.position": ("remove_position",),
+    "diagnosis.register_neurons": (
+        "RegisterNeurons", "RetrofitError", "add_test_time_registers", "find_register_neurons",
+    ),
+    "diagnosis.report": ("ArtifactReport",),
+    "diagnosis.retrofit": ("RetrofitResult", "retrofit"),
+    "evaluation.dense_features": ("FeatureSettings", "choose_features", "patch_maps"),
+    "evaluation.extraction": ("TokenFeatures", "extract_features"),
+    "evaluation.knn": ("knn_classify",),
+    "evaluation.lost": ("discover_objects",),
+    "evaluation.report": ("EvaluationReport", "EvaluationTable"),
+    "evaluation.run": ("compare_backbones", "evaluate_backbone"),
+    "finetuning.arguments": ("FinetuningArguments",),
+    "finetuning.run": ("finetune",),
+    "hub.export": ("ExportReport", "export"),
+    "hub.exported": ("ExportError", "ExportedModel", "load_exported"),
+    "hub.publish": ("publish",),
+    "models.configuration_regvit": (
+        "CheckpointCorruptError", "CheckpointError", "ConfigError", "RegViTConfig", "__version__",
+    ),
+    "models.conversion": ("convert", "convert_back"),
+    "models.loading": ("embed", "open_model"),
+    "models.modeling_regvit": (
+        "ImageTooSmallError", "RegViTBackbone", "RegViTForDepthEstimation", "RegViTForImageClassification",
+        "RegViTForSemanticSegmentation", "RegViTModel", "RegViTModelOutput",
+    ),
+    "models.processing": ("UnknownProcessorError",),
+    "models.source_families": ("ConversionError",),
+    "models.tokens": ("TokenReader", "TokenReading", "read_tokens"),
+    "pretraining.arguments": ("PretrainingArguments",),
+    "pretraining.run": ("pretrain",),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _ON_FIRST_USE.items() for name in names}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _ON_FIRST_USE:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'hf_regvit' has no attribute '{name}'")
-    return getattr(import_module(f".{_ON_FIRST_USE[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

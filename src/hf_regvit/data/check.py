@@ -344,7 +344,7 @@ def check_data(
         raise ValueError(f"near_limit_bits={near_limit_bits} must be between 0 and 16.")
     if batch_size < 1 or image_size < 1:
         raise ValueError(f"batch_size={batch_size} and image_size={image_size} must be positive.")
-    options: Any = {"image_column": image_column, "label_column": label_column, "limits": limits}
+    options: dict[str, Any] = {"image_column": image_column, "label_column": label_column, "limits": limits}
     try:
         parts = open_parts(data, kind="images", options=options)
         sources = {"train": parts.train} | ({"validation": parts.heldout} if parts.heldout else {})

@@ -142,10 +142,9 @@ def _in_folder(root: Path, split: Split | None) -> Found:
     kind = next((kind for kind in ("images", *_CONTAINERS.values()) if kind in kinds), "images")
     files = [file for file, its in zip(every, kinds) if its == kind]
     others = [file for file, its in zip(every, kinds) if its != kind]
-    if not files:
-        return Found(root, kind, [], [], set(), others, problems, tuple(notes))
-    notes += _notes_on_others(root, kind, others)
-    if split is None:
+    if files:
+        notes += _notes_on_others(root, kind, others)
+    if split is None or not files:
         return Found(root, kind, files, files, set(files), others, problems, tuple(notes))
     splits = splits_of(files, root)
     notes += _note_on_splits(root, files, splits)

@@ -142,7 +142,7 @@ class DepthFormat:
 # --- Sources
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class DenseSource(ImageSource):
     """Images, each with a map.
 
@@ -153,9 +153,9 @@ class DenseSource(ImageSource):
         format: Meaning of the stored values.
     """
 
-    kind: Kind = "masks"
-    stored: Callable[[int], Array] = field(default=lambda index: np.zeros((1, 1)))
-    map_name: Callable[[int], str] = field(default=str)
+    kind: Kind
+    stored: Callable[[int], Array]
+    map_name: Callable[[int], str]
     format: MaskFormat | DepthFormat = field(default_factory=DepthFormat)
 
     def target(self, index: int) -> Array:

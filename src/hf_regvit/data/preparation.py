@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from .decoding import BadImageError, open_image
 from .loading import load_images
 from .source import ImageSource, Reading
 from .tables import ImageStream, table_images, table_stream
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +75,7 @@ def _source_items(source: ImageSource) -> Iterator[Item]:
     return ((id, partial(source.read, i)) for i, id in enumerate(source.ids))
 
 
-def _list_items(images: Sequence[Any]) -> Iterator[Item]:
+def _list_items(images: Sequence[object]) -> Iterator[Item]:
     for i, image in enumerate(images):
         if isinstance(image, str | Path | Image.Image):
             name = f"image/{i}" if isinstance(image, Image.Image) else str(image)
@@ -87,7 +90,7 @@ def _stream_items(stream: ImageStream) -> Iterator[Item]:
             yield record.id, partial(open_image, record.data or b"", name=record.id)
 
 
-def _row_items(table: Any) -> Iterator[Item]:
+def _row_items(table: "datasets.IterableDataset") -> Iterator[Item]:
     if table.features is not None:
         stream = table_stream(table, "the stream", Reading(follow_paths=True))
         yield from ((f"row/{i}", read) for i, (_, read) in enumerate(_stream_items(stream)))

@@ -56,9 +56,10 @@ def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def model_fingerprint(model: nn.Module) -> str:
     """Return 32 hexadecimal digits that change with any weight or configuration field of the vision tower."""
-    tower: Any = find_tower(model)[0]
+    tower = find_tower(model)[0]
+    config = getattr(tower, "config", None)
     # timm models have no configuration; the text of their modules contains sizes, norms and epsilons.
-    settings = tower.config.to_dict() if hasattr(tower, "config") else {"modules": repr(tower)}
+    settings = {"modules": repr(tower)} if config is None else config.to_dict()
     settings = {k: v for k, v in settings.items() if k not in ("_name_or_path", "transformers_version")}
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.blake2b((weights_fingerprint(model) + text).encode(), digest_size=16).hexdigest()

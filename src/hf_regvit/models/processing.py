@@ -297,7 +297,7 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def unknown_processor(model: nn.Module) -> UnknownProcessorError:

@@ -12,7 +12,7 @@ Token order is `[CLS | distillation | registers | patches]`; a model may lack so
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal, get_args
@@ -492,18 +492,15 @@ def _evaluating(tower: nn.Module) -> Iterator[None]:
     training = [module for module in tower.modules() if module.training]
     if training:
         tower.eval()
+    nothing_is_compiled = "torch._dynamo" not in sys.modules  # importing it takes a second
+    # Compiled modules run without their graphs, which call no hooks.
+    eager = nullcontext() if nothing_is_compiled else torch.compiler.set_stance("force_eager")
     try:
-        with torch.no_grad(), _not_compiled():
+        with torch.no_grad(), eager:
             yield
     finally:
         for module in training:
             module.training = True
-
-
-def _not_compiled() -> AbstractContextManager[None]:
-    """Run compiled modules without their graphs, which call no hooks."""
-    nothing_is_compiled = "torch._dynamo" not in sys.modules  # importing it takes a second
-    return nullcontext() if nothing_is_compiled else torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
@@ -655,7 +652,8 @@ class _Collector:
         if angles is not None:
             if self.family.rotary == "rotary":  # RegViT passes (B, T, head_dim), the cosines of half a head first
                 angles = tuple(half.repeat(1, 1, 2).unsqueeze(1) for half in angles.chunk(2, dim=-1))
-            query, key = (_rotate_patches(x, angles, halves=_rotates_halves(attention)) for x in (query, key))
+            halves = bool(getattr(attention, "rotate_half", True))  # in timm; DINOv3 of transformers rotates halves
+            query, key = (_rotate_patches(x, angles, halves=halves) for x in (query, key))
         # With fewer key heads than query heads, each key head serves a group of consecutive query heads.
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5  # (B, heads, T, T)
@@ -684,11 +682,6 @@ class _Collector:
             )
             for site, layers in self.wanted.items()
         }
-
-
-def _rotates_halves(attention: nn.Module) -> bool:
-    """Return True if rotary channels are paired by halves (DINOv3); timm attentions provide this information."""
-    return bool(getattr(attention, "rotate_half", True))
 
 
 def _rotate_patches(
