@@ -543,6 +543,9 @@ def test_weights_of_unknown_statistics_need_a_processor(tmp_path):
     torch.save(source.state_dict(), tmp_path / "w.pth")
     with pytest.raises(UnknownProcessorError, match=r"No image processor is known for .*--processor"):
         convert_to_folder(tmp_path / "w.pth", tmp_path / "out", **RAW)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UnknownProcessorError, match=r"No image processor is known for '.*empty'"):
+        convert_to_folder(tmp_path / "w.pth", tmp_path / "out", processor=tmp_path / "empty", **RAW)
     given = default_image_processor(32)
     given.image_mean = [0.1, 0.2, 0.3]
     given.save_pretrained(tmp_path / "given")

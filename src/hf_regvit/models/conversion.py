@@ -119,8 +119,8 @@ def convert_to_folder(
         model.image_processor = saved_processor(processor)
     if model.image_processor is None:
         raise UnknownProcessorError(
-            f"No image processor is known for '{source}', so the right size, mean and standard deviation are not "
-            "known. Give the folder or Hub id of a model with the same preprocessing with --processor."
+            f"No image processor is known for '{processor or source}', so the right size, mean and standard deviation "
+            "are not known. Give the folder or Hub id of a model with the same preprocessing with --processor."
         )
     with whole_checkpoint(output, needed=num_bytes(model.state_dict().values())) as staged:
         model.save_pretrained(staged)
