@@ -701,6 +701,17 @@ def test_pretrain_builds_its_own_data(tmp_path):
     assert processor["crop_size"] == {"height": 32, "width": 32}
 
 
+def test_crops_have_the_values_of_an_image_processor_without_normalization(tmp_path, monkeypatch):
+    from hf_regvit.models.processing import default_image_processor
+
+    processor = default_image_processor(16)
+    processor.do_normalize, processor.image_mean, processor.image_std = False, None, None
+    forward = spy(monkeypatch, SelfDistillation, "forward")
+    pretrain(arguments(tmp_path, data="digits", max_steps=1, monitor_steps=1), image_processor=processor)
+    pixels = forward.call_args.kwargs["global_crops"]
+    assert 0 <= pixels.min() < pixels.max() <= 1
+
+
 def test_pretrain_ends_on_larger_crops(tmp_path, monkeypatch):
     forward = spy(monkeypatch, SelfDistillation, "forward")
     args = arguments(

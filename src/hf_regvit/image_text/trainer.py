@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, VisionTextDualEncoderProcessor
 
 from ..data.augmentation import normalize_pixels
+from ..models.processing import statistics_of
 from ..training.finite import without_ids
 from ..training.run_folder import names_digest
 from ..training.samplers import EpochSampler
@@ -52,7 +53,7 @@ class ImageTextTrainer(RunTrainer):
         processor: VisionTextDualEncoderProcessor,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.images, self._image_processor = images, processor.image_processor
+        self.images, self._statistics = images, statistics_of(processor.image_processor)
         sampler = EpochSampler(len(images.source), seed=args.seed, images_per_step=args.images_per_step)
         data, collator = ImageTextDataset(images, args), partial(collate_pairs, processor.tokenizer)
         options: dict[str, Any] = {"names": images.source.ids, "callbacks": callbacks}
@@ -70,8 +71,8 @@ class ImageTextTrainer(RunTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss of this process, whose mean over all processes is that of the whole batch."""
-        batch, processor = without_ids(inputs), self._image_processor
-        pixels = normalize_pixels(batch.pop("pixel_values"), processor.image_mean, processor.image_std)
+        batch = without_ids(inputs)
+        pixels = normalize_pixels(batch.pop("pixel_values"), *self._statistics)
         images, texts, scale, bias = model(pixel_values=pixels, **batch)
         pairs = images.float(), texts.float()
         loss = softmax_loss(*pairs, scale=scale) if bias is None else sigmoid_loss(*pairs, scale=scale, bias=bias)

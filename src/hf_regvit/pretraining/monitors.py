@@ -31,7 +31,7 @@ from ..diagnosis.outliers import effective_rank
 from ..evaluation.knn import knn_accuracy
 from ..evaluation.linear import ridge_accuracy
 from ..models.modeling_regvit import RegViTModel
-from ..models.processing import IMAGENET_MEAN, IMAGENET_STD, default_image_processor
+from ..models.processing import IMAGENET_MEAN, IMAGENET_STD, default_image_processor, statistics_of
 from ..models.tokens import TokenReader
 from ..training.callbacks import Observer
 from ..training.distributed import full_tensor
@@ -215,8 +215,7 @@ def observers(
 def _processor_like(image_processor: BaseImageProcessor, size: int) -> BaseImageProcessor:
     """Return the default image processor for a size, with the statistics of another one."""
     processor = default_image_processor(size)
-    processor.image_mean = getattr(image_processor, "image_mean", processor.image_mean)
-    processor.image_std = getattr(image_processor, "image_std", processor.image_std)
+    processor.image_mean, processor.image_std = (list(values) for values in statistics_of(image_processor))
     return processor
 
 

@@ -385,10 +385,8 @@ def _build_collator(
 
 def _statistics(processor: BaseImageProcessor | None) -> dict[str, Any]:
     """Return the mean and standard deviation that crops are normalized with, as keyword arguments."""
-    return {
-        "mean": tuple(getattr(processor, "image_mean", IMAGENET_MEAN)),
-        "std": tuple(getattr(processor, "image_std", IMAGENET_STD)),
-    }
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if processor is None else statistics_of(processor)
+    return {"mean": mean, "std": std}
 
 
 def _enlarged(
