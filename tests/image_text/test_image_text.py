@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback, VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
 
-from builders import SignalAt, json_lines, tinted, tinted_folder
+from builders import SignalAt, json_lines, spy, tinted, tinted_folder
 from helpers import load_script
 from hf_regvit import RegViTModel
+from hf_regvit.image_text.network import ImageTextNetwork
 from hf_regvit.image_text.run import train_image_text
+from hf_regvit.models.processing import default_image_processor
 from hf_regvit.models.saving import read_json
 from hf_regvit.training.finite import NonFiniteError
 from hf_regvit.training.signals import TrainingInterrupted
@@ -106,6 +108,16 @@ def test_a_run_without_clipping_is_checked_for_finite_gradients(data, tmp_path):
         train_image_text(
             arguments(tmp_path / "stopped", data, max_grad_norm=0.0, save_strategy="no"), callbacks=[Poison()]
         )
+
+
+def test_images_have_the_values_of_an_image_processor_without_normalization(data, tmp_path, monkeypatch):
+    processor = default_image_processor(16)
+    processor.do_normalize = False
+    processor.save_pretrained(tower(tmp_path / "tower"))
+    forward = spy(monkeypatch, ImageTextNetwork, "forward")
+    train_image_text(arguments(tmp_path / "run", data, max_steps=1, save_strategy="no"))
+    pixels = forward.call_args.kwargs["pixel_values"]
+    assert 0 <= pixels.min() < pixels.max() <= 1
 
 
 def test_a_run_with_other_texts_or_another_loss_does_not_resume(data, tmp_path):
