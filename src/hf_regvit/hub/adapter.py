@@ -17,9 +17,9 @@ from .scan import CARD, scan
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def is_adapter(source: object) -> bool:
+def is_adapter(source: str | Path) -> bool:
     """Return True for the folder `adapter/` of a run of `regvit pretrain --mode lora`."""
-    return isinstance(source, str | Path) and (Path(source) / _CONFIG).is_file()
+    return (Path(source) / _CONFIG).is_file()
 
 
 def bundle_adapter(folder: str | Path, output_dir: str | Path, *, card: Json) -> Bundle:

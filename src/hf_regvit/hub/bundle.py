@@ -169,7 +169,7 @@ def option_hashes(
     *,
     example_pictures: bool,
     max_shard_size: str,
-    exported: str | Path | None = None,
+    exported: str | Path | None,
 ) -> dict[str, str]:
     """Return a short hash of every non-default option, to detect a request for a different bundle."""
     wishes = {

@@ -17,13 +17,15 @@ import torch
 from packaging.version import Version
 from PIL import Image
 from torch import Tensor, nn
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.builtin import builtin_images
-from ..data.loading import load_images
+from ..data.loading import Data, load_images
 from ..data.preparation import prepare_images
 from ..data.source import ImageSource
+from ..models.configuration_regvit import RegViTConfig
 from ..models.loading import open_regvit, weights_fingerprint
-from ..models.modeling_regvit import RegViTForImageClassification
+from ..models.modeling_regvit import RegViTForImageClassification, RegViTPreTrainedModel
 from ..models.processing import EvaluationTransform, known_processor, require_rgb, resized_processor, unknown_processor
 from ..models.saving import whole_folder, write_json
 from ..models.tokens import TokenReader
@@ -33,7 +35,6 @@ from .export_page import write_page, write_static_files
 from .export_programs import convert_to_file, file_name, halve_weights, quantize, quiet
 from .export_proof import BOUNDS, Question, answers_of, compare, failures
 from .exported import (
-    ENGINES,
     ExportError,
     check_images,
     difference,
@@ -99,11 +100,11 @@ class _Request:
     precisions: tuple[str, ...]
     accept: tuple[str, ...]
     opset: int
-    processor: Any
+    processor: BaseImageProcessor
     web_runtime: str | Path | None
 
     @property
-    def config(self) -> Any:
+    def config(self) -> RegViTConfig:
         return self.network.model.config
 
     @property
@@ -118,7 +119,7 @@ def export(
     format: str | Sequence[str] = ("onnx", "openvino"),
     size: int | str | Sequence[int] | None = None,
     precision: str | Sequence[str] = "f32",
-    data: Any = None,
+    data: Data | ImageSource | None = None,
     num_calibration: int = 300,
     input: str = "float",
     task: str | None = None,
@@ -217,8 +218,13 @@ def _check_packages(formats: Sequence[str], precisions: Sequence[str]) -> None:
 
 
 def _prepare(
-    model: Any, size: Any, input: str, task: str | None, *, for_page: bool
-) -> tuple[NamedOutputs, EvaluationTransform, tuple[int, int] | None, Any, dict[str, Any]]:
+    model: TokenReader | nn.Module | str | Path,
+    size: int | str | Sequence[int] | None,
+    input: str,
+    task: str | None,
+    *,
+    for_page: bool,
+) -> tuple[NamedOutputs, EvaluationTransform, tuple[int, int] | None, BaseImageProcessor, dict[str, Any]]:
     """Open the model and return its network, transform, image size, processor and the numbers of its processor."""
     opened = open_regvit(model)
     require_rgb(opened)
@@ -257,7 +263,7 @@ def _parse_size(
     return int(sides[0]), int(sides[-1])
 
 
-def _settings_of(processor: Any, transform: EvaluationTransform) -> dict[str, Any]:
+def _settings_of(processor: BaseImageProcessor, transform: EvaluationTransform) -> dict[str, Any]:
     """Return the numbers of an image processor that `run.py` needs."""
     fields = processor.to_dict()
     size = {name: side for name, side in (fields.get("size") or {}).items() if side is not None}
@@ -299,7 +305,7 @@ def _check_settings(settings: dict[str, Any], transform: EvaluationTransform) ->
 
 
 def _images_of_user(
-    request: _Request, data: Any, num_calibration: int, seed: int
+    request: _Request, data: Data | ImageSource | None, num_calibration: int, seed: int
 ) -> tuple[dict[str, Any], list[Question]]:
     """Draw the images for calibration and proof, which are different ones.
 
@@ -345,12 +351,12 @@ def _labels(request: _Request, source: ImageSource) -> np.ndarray | None:
     is_classifier = isinstance(request.network.model, RegViTForImageClassification)
     if labels is None or names is None or not is_classifier or len(names) != request.config.num_labels:
         return None
-    own = request.config.label2id
+    own = request.config.label2id or {}
     places = [own[name] for name in names] if set(names) == set(own) else range(len(names))
     return np.array(places)[np.asarray(labels)]
 
 
-def _question(kind: str, network: NamedOutputs, images: Tensor, labels: Any = None) -> Question:
+def _question(kind: str, network: NamedOutputs, images: Tensor, labels: np.ndarray | None = None) -> Question:
     return Question.ask(kind, network, network.from_normalized(images), labels)
 
 
@@ -480,7 +486,7 @@ def _entry(staged: Path, engine: str, precision: str) -> dict[str, Any]:
     parts = [part for part in parts if part.is_file()]
     return {
         "file": path.relative_to(staged).as_posix(), "engine": engine,
-        "engine_version": version(ENGINES[engine][1]), "precision": precision,
+        "engine_version": version(engine), "precision": precision,
         "sha256": {part.relative_to(staged).as_posix(): sha256(part) for part in parts},
         "bytes": {part.relative_to(staged).as_posix(): part.stat().st_size for part in parts},
         "bounds": BOUNDS[precision],
@@ -561,7 +567,7 @@ def _block_costs(
     return dict(sorted(costs.items(), key=lambda item: -item[1]))
 
 
-def add_exported(folder: Path, output: Path, model: Any) -> str:
+def add_exported(folder: Path, output: Path, model: RegViTPreTrainedModel) -> str:
     """Add the ONNX and OpenVINO files and the page of an export to a folder, and return their description for a card.
 
     Raises:

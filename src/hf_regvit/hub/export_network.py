@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.configuration_regvit import RegViTConfig
 from ..models.loading import fit_positions
 from ..models.modeling_regvit import (
     RegViTBackbone,
@@ -41,15 +42,13 @@ class NamedOutputs(nn.Module):
         super().__init__()
         if model.device.type == "meta":
             raise ExportError("The model is on the meta device, where it has no weights. Load its weights first.")
-        copied: Any = copy.deepcopy(model)
-        copied.to("cpu", torch.float32).requires_grad_(False)
         if for_page and not isinstance(model, RegViTModel | RegViTForImageClassification):
             raise ExportError(f"The page shows tokens, but a {type(model).__name__} has none. Add --task features.")
         if for_page and not model.config.num_prefix_tokens:
             raise ExportError("The page shows the attention of CLS and registers, but the model has neither.")
-        copied.set_attn_implementation("eager" if for_page else "sdpa")
         self.for_page = for_page
-        self.model: Any = copied
+        self.model: Any = copy.deepcopy(model).requires_grad_(False).cpu().float()
+        self.model.set_attn_implementation("eager" if for_page else "sdpa")
         self.returns_blocks = False  # True: the residual stream after each block, to find where an error begins
         self.entry = "pixel_values" if statistics is None else "pixels"
         if statistics is not None:
@@ -171,7 +170,7 @@ def _linear_of_rows(module: nn.Linear, inputs: Tensor) -> Tensor:
     return rows.unflatten(0, inputs.shape[:-1])
 
 
-def _tokens(output: Any, config: Any) -> dict[str, Tensor]:
+def _tokens(output: Any, config: RegViTConfig) -> dict[str, Tensor]:
     """Return the tokens of a backbone by name; what is empty, or equal to another output, is left out."""
     outputs = {}
     if config.use_cls_token:
@@ -190,12 +189,13 @@ def _tokens(output: Any, config: Any) -> dict[str, Tensor]:
     return outputs
 
 
-def network_for_task(model: Any, task: str | None) -> RegViTPreTrainedModel:
+def network_for_task(model: RegViTPreTrainedModel, task: str | None) -> RegViTPreTrainedModel:
     """Return the model, its backbone ("features"), or a backbone with feature maps ("backbone")."""
     if task is None:
         return model
+    backbone = getattr(model, "regvit", model)
     if task == "features":
-        return model.base_model
+        return backbone
     if task != "backbone":
         raise ExportError(
             f"task={task!r} is unknown. Use 'features' or 'backbone', or leave it out to export the model as it is, a "
@@ -203,7 +203,7 @@ def network_for_task(model: Any, task: str | None) -> RegViTPreTrainedModel:
         )
     if isinstance(model, RegViTBackbone):
         return model
-    backbone = RegViTBackbone(copy.deepcopy(model.config))
-    state, own = model.base_model.state_dict(), backbone.regvit.state_dict()
-    backbone.regvit.load_state_dict({name: state[name] for name in own})
-    return backbone
+    with_maps = RegViTBackbone(copy.deepcopy(model.config))
+    state = backbone.state_dict()
+    with_maps.regvit.load_state_dict({name: state[name] for name in with_maps.regvit.state_dict()})
+    return with_maps

@@ -10,13 +10,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..models.foreign_weights import quiet_transformers
 from .exported import ExportError
+
+if TYPE_CHECKING:
+    import openvino
 
 FILES = {"onnxruntime": "onnx/model.onnx", "openvino": "openvino/openvino_model.xml", "torch": "torch/model.pt2"}
 SMOOTH_QUANT_ALPHA = 0.95  # default of NNCF 3.4; stated, because its authors consider another one (nncf pull 1945)
@@ -92,7 +95,7 @@ def convert_to_file(
         _save_openvino(model, path)
 
 
-def _save_openvino(model: Any, path: Path, *, half: bool = False) -> None:
+def _save_openvino(model: "openvino.Model", path: Path, *, half: bool = False) -> None:
     import openvino
 
     try:
@@ -165,7 +168,9 @@ def quantize(
     if samples is None:
         # ONNX Runtime cannot read the scales that NNCF gives to the weights of a convolution.
         ignored = nncf.IgnoredScope(types=["Conv"]) if engine == "onnxruntime" else None
-        config: Any = NNCFWeightCompressionConfig(mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=ignored)
+        config: NNCFWeightCompressionConfig | NNCFQuantizationConfig = NNCFWeightCompressionConfig(
+            mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=ignored
+        )
     else:
         alphas = nncf.AdvancedSmoothQuantParameters(matmul=SMOOTH_QUANT_ALPHA if smooth else -1, convolution=-1)
         config = NNCFQuantizationConfig(

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class Question:
     labels: np.ndarray | None = None
 
     @classmethod
-    def ask(cls, kind: str, network: NamedOutputs, pixels: torch.Tensor, labels: Any = None) -> "Question":
+    def ask(cls, kind: str, network: NamedOutputs, pixels: torch.Tensor, labels: np.ndarray | None = None) -> Self:
         """Run the network in PyTorch on its input."""
         outputs = {name: value.numpy() for name, value in network.ask(pixels).items()}
         return cls(kind, pixels.numpy(), outputs, labels)

@@ -18,19 +18,18 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from openvino import InferRequest
+    from PIL.Image import Image
 
 Arrays = dict[str, np.ndarray]
 Run = Callable[[np.ndarray], Arrays]
 
-# Module of each engine, the package that installs it, and the folder of its files.
-ENGINES = {
-    "openvino": ("openvino", "openvino", "openvino"),
-    "onnxruntime": ("onnxruntime", "onnxruntime", "onnx"),
-    "torch": ("torch", "torch", "torch"),
-}
+ENGINES = ("openvino", "onnxruntime", "torch")  # also the names of their modules and packages
 
 
 class ExportError(ValueError):
@@ -55,7 +54,7 @@ class ExportedModel:
     def __repr__(self) -> str:
         return f"ExportedModel('{self.folder.name}/{self.file['file']}', {', '.join(self.proof['outputs'])})"
 
-    def __call__(self, images: Any) -> Arrays:
+    def __call__(self, images: "np.ndarray | str | Path | Image | Sequence[str | Path | Image]") -> Arrays:
         """Run the model.
 
         Args:
@@ -70,7 +69,7 @@ class ExportedModel:
             return self._run(self._checked(images))
         return self._run(self.pixels(images))
 
-    def pixels(self, images: Any) -> np.ndarray:
+    def pixels(self, images: "str | Path | Image | Sequence[str | Path | Image]") -> np.ndarray:
         """Return the input of the model for an image or a sequence of images, as paths or Pillow images."""
         if isinstance(images, str | Path) or not isinstance(images, Sequence):
             images = [images]
@@ -85,23 +84,21 @@ class ExportedModel:
         if is_bytes != (array.dtype == np.uint8):
             kind = "pixels as uint8" if is_bytes else "normalized pixels as float32"
             raise ExportError(f"The input holds {array.dtype}, expected {kind}. Pass images, or call `pixels` first.")
-        height, width = array.shape[1:3] if is_bytes else array.shape[2:4]
-        wanted = [height, width] if self.size == "any" else list(self.size)
-        if self._resize and self.size == "any":
-            wanted = [max(1, round(side / p)) * p for side, p in zip((height, width), self.proof["patch"])]
-        if [height, width] != wanted and not self._resize:
+        (height, width), patch = array.shape[1:3] if is_bytes else array.shape[2:4], self.proof["patch"]
+        nearest = [max(1, round(side / p)) * p for side, p in zip((height, width), patch)]
+        wanted = nearest if self.size == "any" else self.size
+        if [height, width] != wanted and self._resize:
+            array = np.stack([resized(image, wanted, channels_first=not is_bytes) for image in array])
+        elif [height, width] != wanted and self.size == "any":
+            raise ExportError(
+                f"The image size of {height} x {width} pixels is not a multiple of the patch size of {patch[0]} x "
+                f"{patch[1]}. Resize or crop the image to {nearest[0]} x {nearest[1]}, or load the file with "
+                "resize=True."
+            )
+        elif [height, width] != wanted:
             raise ExportError(
                 f"The image size of {height} x {width} pixels is not that of this file, {wanted[0]} x {wanted[1]}. "
                 "Resize the images, load the file with resize=True, or export a file of that size."
-            )
-        if [height, width] != wanted:
-            array = np.stack([resized(image, wanted, channels_first=not is_bytes) for image in array])
-        rows, columns = self.proof["patch"]
-        if wanted[0] % rows or wanted[1] % columns:
-            nearest = [f"{max(1, round(s / p)) * p}" for s, p in zip((height, width), (rows, columns))]
-            raise ExportError(
-                f"The image size of {height} x {width} pixels is not a multiple of the patch size of {rows} x "
-                f"{columns}. Resize or crop the image to {' x '.join(nearest)}, or load the file with resize=True."
             )
         return np.ascontiguousarray(array if is_bytes else array.astype(np.float32, copy=False))
 
@@ -167,9 +164,9 @@ def _choose(folder: Path, files: list[dict[str, Any]], engine: str | None, preci
     engines = [name for name in allowed if name in {one["engine"] for one in files}]
     if not engines:
         raise ExportError(f"'{folder}' has no file for engine={engine!r}. It has {listed}.")
-    chosen = next((name for name in engines if is_installed(ENGINES[name][0])), None)
+    chosen = next((name for name in engines if is_installed(name)), None)
     if chosen is None:
-        raise ImportError(f"The engine {engines[0]} is not installed. Run: pip install {ENGINES[engines[0]][1]}")
+        raise ImportError(f"The engine {engines[0]} is not installed. Run: pip install {engines[0]}")
     kinds = [kind for name, kind in found if name == chosen]
     kind = precision or ("f32" if "f32" in kinds else kinds[0])
     if kind == "bf16" and chosen == "openvino":
@@ -216,7 +213,7 @@ def _openvino(path: str, threads: int, hint: str, entry: str) -> Run:
     return partial(_infer, compiled.create_infer_request())
 
 
-def _infer(request: Any, pixels: np.ndarray) -> Arrays:
+def _infer(request: "InferRequest", pixels: np.ndarray) -> Arrays:
     request.infer([pixels], share_inputs=True)
     return {output.any_name: request.get_tensor(output).data.copy() for output in request.model_outputs}
 
@@ -246,7 +243,7 @@ def _torch(path: str, threads: int, hint: str, entry: str) -> Run:
 # ---- Images ------------------------------------------------------------------------------------------------------
 
 
-def preprocess(image: Any, settings: dict[str, Any]) -> np.ndarray:
+def preprocess(image: "str | Path | Image", settings: dict[str, Any]) -> np.ndarray:
     """Return an image, a path or a Pillow image, as pixels (height, width, 3) in uint8, resized and cropped."""
     from PIL import Image, ImageOps
 
@@ -313,7 +310,7 @@ def check(folder: str | Path, *, engine: str | None = None) -> list[tuple[str, s
     images, size = content.pop("images"), content.pop("size").tolist()
     proof = load_proof(Path(folder))
     for file in proof["files"]:
-        if engine not in (None, file["engine"]) or not is_installed(ENGINES[file["engine"]][0]):
+        if engine not in (None, file["engine"]) or not is_installed(file["engine"]):
             continue
         model = load_exported(folder, engine=file["engine"], precision=file["precision"])
         levels = check_images(images, size)
@@ -332,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run or check the exported model of this folder.")
     parser.add_argument("images", nargs="*", help="Image files.")
     parser.add_argument("--check", action="store_true", help="Compare the outputs with those of PyTorch.")
-    parser.add_argument("--engine", choices=list(ENGINES), help="Inference engine. Default: the first one installed.")
+    parser.add_argument("--engine", choices=ENGINES, help="Inference engine. Default: the first one installed.")
     parser.add_argument("--precision", help="Precision of the file, or bf16.")
     given, folder = parser.parse_args(arguments), Path(__file__).resolve().parent
     if given.check:

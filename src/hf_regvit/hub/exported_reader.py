@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -35,10 +35,10 @@ class _Tower(RegViTModel):
 
     digest = ""
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
         return {"sha256": torch.tensor(list(bytes.fromhex(self.digest)), dtype=torch.uint8)}
 
-    def to(self, *args: Any, **kwargs: Any) -> "_Tower":  # type: ignore[override]
+    def to(self, *args: object, **kwargs: object) -> Self:  # type: ignore[override]
         return self
 
 

@@ -217,14 +217,9 @@ def _hub_error(error: BaseException | None) -> BaseException | None:
     return error
 
 
-def _status(error: BaseException) -> int | None:
-    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
-
-
 def _is_transient(error: BaseException) -> bool:
     if isinstance(error, HfHubHTTPError):
-        status = _status(error) or 500
-        return status in TRANSIENT or status >= 500
+        return error.response.status_code in TRANSIENT or error.response.status_code >= 500
     return not isinstance(error, OfflineModeIsEnabled | HFValidationError)
 
 
@@ -237,7 +232,7 @@ def _retry_after(error: BaseException) -> float:
 def _summarize_error(error: BaseException) -> str:
     said = f"{type(error).__name__}: {error}"
     if isinstance(error, HfHubHTTPError):
-        said = f"{_status(error)} {error.server_message or error.response.reason_phrase}"
+        said = f"{error.response.status_code} {error.server_message or error.response.reason_phrase}"
     return said.splitlines()[0][:200]
 
 
@@ -254,7 +249,8 @@ def _advice(error: BaseException, what: str) -> str:
         404: f"'{what}' does not exist, or the token cannot access it. Check the owner and the name",
         413: "A file is too large for the Hub. Use smaller shards (--max_shard_size)",
     }
-    said = advice.get(_status(error) or 0, f"The Hub rejected the request for '{what}'")
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+    said = advice.get(status, f"The Hub rejected the request for '{what}'")
     return f"{said}. Response of the Hub: {_summarize_error(error)}"
 
 
@@ -319,7 +315,3 @@ class BackgroundPushes:
         self._thread.join(seconds)
         if self._thread.is_alive():
             self.failures.append(f"{self._thread.name}: not finished after {seconds:.0f} s")
-
-    def summary(self) -> dict[str, list[str]]:
-        """Return the outcomes as a dict for reports."""
-        return {"sent": list(self.sent), "failed": list(self.failures)}
