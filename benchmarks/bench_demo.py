@@ -34,7 +34,7 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:
 def measure(explorer: Explorer, name: str, side: int, folder: Path) -> dict[str, list[tuple[float, float]]]:
     photos = builtin_images()
     times: dict[str, list[tuple[float, float]]] = {}
-    depth = explorer.descriptions[name].num_layers
+    depth = explorer.readers[name].description.num_layers
     for photo in EXAMPLES:
         request = MapRequest((name,), side=side, layer=depth)
 

@@ -5,9 +5,14 @@ The first spelling of an option is the name of its field; further ones are alias
 
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..evaluation.image_tasks import option
+
+if TYPE_CHECKING:
+    from ..data.source import ImageSource
+    from ..data.tables import ImageStream
+    from ..evaluation.extraction import ExtractionSettings
 
 _IMAGES = "Images: a folder, a parquet or tar file, a folder of them, a Hub data set, photos or digits."
 _DEVICE = "Device to compute on, such as cuda, cuda:1, mps, xpu or cpu; auto selects the first of these that exists."
@@ -51,8 +56,8 @@ class ConvertArguments:
 
     def given(self) -> dict[str, Any]:
         """Return the options that were given, as arguments of `convert_to_folder`."""
-        names = [f.name for f in fields(self) if f.name not in ("model", "output_dir")]
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        del given["model"], given["output_dir"]
         if len(given.get("image_size", [])) == 1:
             given["image_size"] = given["image_size"][0]
         return given
@@ -89,7 +94,7 @@ class ExtractArguments(_ImageArguments):
         None, "File of `regvit dense` that sets --layer, --image_size, the views and the pooling."
     )
 
-    def images(self) -> Any:
+    def images(self) -> "ImageSource | ImageStream":
         """Return the images for `extract_to_folder`, as a source or a stream."""
         from ..data.loading import load_images, stream_images
 
@@ -97,7 +102,7 @@ class ExtractArguments(_ImageArguments):
             return stream_images(self.data, split=self.split or "train")  # type: ignore[arg-type]  # checked there
         return load_images(self.data, split=self.split)  # type: ignore[arg-type]  # checked there
 
-    def settings(self) -> Any:
+    def settings(self) -> "ExtractionSettings":
         """Return the `ExtractionSettings` among the arguments."""
         from ..evaluation.dense_features import FeatureSettings
         from ..evaluation.extraction import ExtractionSettings
@@ -216,8 +221,8 @@ class _ArtifactArguments(_ImageArguments):
         Raises:
             ValueError: `cutoff` is neither "auto" nor a number.
         """
-        names = {f.name for f in fields(self)} - {"model", "data", "split", "output_dir"}
-        given = {name: getattr(self, name) for name in names}
+        apart = ("model", "data", "split", "output_dir")
+        given = {name: value for name, value in vars(self).items() if name not in apart}
         try:
             return given | {"cutoff": self.cutoff if self.cutoff == "auto" else float(self.cutoff)}
         except ValueError as error:
@@ -345,11 +350,8 @@ class PublishArguments:
         """Return the keyword arguments of `publish`, with the fields of the model card that were given."""
         card = ("license", "license_name", "license_link", "data", "data_license", "datasets", "base_model",
                 "base_model_license", "origin", "description")  # fmt: skip
-        name = self.repo_id or Path(self.model).resolve().name
-        given = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in (*card, "public")}
-        del given["model"], given["repo_id"]
-        return given | {
-            "output_dir": self.output_dir or f"bundles/{name.split('/')[-1]}",
+        apart = ("model", "repo_id", "public", *card)
+        return {name: value for name, value in vars(self).items() if name not in apart} | {
             "card": {name: value for name in card if (value := getattr(self, name))},
             "private": not self.public,
         }
@@ -385,7 +387,7 @@ class ExportArguments:
 
     def settings(self) -> dict[str, Any]:
         """Return the keyword arguments of `export`."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("model", "output_dir")}
+        return {name: value for name, value in vars(self).items() if name not in ("model", "output_dir")}
 
 
 @dataclass

@@ -14,10 +14,14 @@ from hf_regvit_cli import COMMANDS, main
 
 from ..models import registration  # noqa: F401
 from ..models.saving import check_space, keeping
+from . import arguments as options
 from .recipes import arguments_class
 
 if TYPE_CHECKING:
     from ..data.source import ImageSource
+    from ..diagnosis.report import ArtifactReport
+    from ..finetuning.arguments import FinetuningArguments
+    from ..pretraining.arguments import PretrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +63,11 @@ def _opened(data: str, split: Any) -> "ImageSource":
     return images
 
 
-def _pretrain(arguments: Any) -> Outcome:
+def _pretrain(arguments: "PretrainingArguments") -> Outcome:
     from ..models.saving import read_json
     from ..pretraining.run import pretrain
 
-    model, folder = pretrain(arguments), arguments.output_dir
+    model, folder = pretrain(arguments), str(arguments.output_dir)
     result = {"backbone": f"{folder}/backbone", "parameters": model.num_parameters()}
     if arguments.should_save:
         report = read_json(f"{folder}/report.json")
@@ -73,12 +77,12 @@ def _pretrain(arguments: Any) -> Outcome:
     return _same(result, "diagnose", "--model", folder, "--data", arguments.data[0])
 
 
-def _finetune(arguments: Any) -> Outcome:
+def _finetune(arguments: "FinetuningArguments") -> Outcome:
     from ..finetuning.run import conclusion, finetune
     from ..hub.facts import TASKS
     from ..models.saving import read_json
 
-    task, folder = TASKS[type(finetune(arguments)).__name__].pipeline_tag, arguments.output_dir
+    task, folder = TASKS[type(finetune(arguments)).__name__].pipeline_tag, str(arguments.output_dir)
     metrics = read_json(f"{folder}/metrics.json") if arguments.should_save else {}
     result = {"output_dir": folder, **metrics.get("eval", {})}
     lines = {name: value for name, value in result.items() if name not in ("accuracy_low", "accuracy_high")}
@@ -87,7 +91,7 @@ def _finetune(arguments: Any) -> Outcome:
     return Outcome(result, lines=lines, following=("publish", "--model", folder, "--license", "ID"))
 
 
-def _data_check(arguments: Any) -> Outcome:
+def _data_check(arguments: options.DataCheckArguments) -> Outcome:
     from ..data.check import check_data
 
     report = check_data(**vars(arguments), progress=True)
@@ -95,7 +99,7 @@ def _data_check(arguments: Any) -> Outcome:
     return Outcome(report.to_dict(), report.summary(), {"verdict": report.verdict}, following=first)
 
 
-def _convert(arguments: Any) -> Outcome:
+def _convert(arguments: options.ConvertArguments) -> Outcome:
     from ..models.conversion import convert_to_folder
 
     model = convert_to_folder(arguments.model, arguments.output_dir, **arguments.given())
@@ -113,8 +117,8 @@ def _convert(arguments: Any) -> Outcome:
     )
 
 
-def _diagnose(arguments: Any) -> Outcome:
-    from ..diagnosis.comparison import compare_checkpoints
+def _diagnose(arguments: options.DiagnoseArguments) -> Outcome:
+    from ..diagnosis.comparison import ComparisonReport, compare_checkpoints
     from ..diagnosis.diagnose import diagnose
     from ..diagnosis.findings import next_step
     from ..figures.diagnosis_page import write_comparison, write_report
@@ -123,26 +127,27 @@ def _diagnose(arguments: Any) -> Outcome:
     settings = arguments.settings()
     check_space(arguments.output_dir, _REPORT_BYTES)
     images = _opened(arguments.data, arguments.split)
+    outcome: ArtifactReport | ComparisonReport
     if len(arguments.model) == 1:
-        outcome: Any = diagnose(arguments.model[0], images, **settings)
-        reports = {".": outcome}
+        outcome = diagnose(arguments.model[0], images, **settings)
+        reports, page = {".": outcome}, f"{arguments.output_dir}/report.html"
     else:
         outcome = compare_checkpoints(arguments.model, images, **settings)
-        reports = outcome.folders()
+        reports, page = outcome.folders(), f"{arguments.output_dir}/comparison.html"
     with keeping(outcome.summary):
         path = outcome.save(arguments.output_dir)
         for model, (folder, report) in zip(arguments.model, reports.items()):
             write_report(report, f"{arguments.output_dir}/{folder}/report.html", model=model, data=arguments.data)
             write_report_figures(report, f"{arguments.output_dir}/{folder}/figures")
-        if len(reports) > 1:
-            write_comparison(outcome, f"{arguments.output_dir}/comparison.html")
-    single = len(reports) == 1
-    following = next_step(outcome, model=arguments.model[0], data=arguments.data)[1] if single else ()
-    lines = {"report": path, "page": f"{arguments.output_dir}/{'report' if single else 'comparison'}.html"}
-    return Outcome(outcome.to_dict(), outcome.summary(), lines, following=following)
+        if isinstance(outcome, ComparisonReport):
+            write_comparison(outcome, page)
+    following: tuple[str, ...] = ()
+    if not isinstance(outcome, ComparisonReport):
+        following = next_step(outcome, model=arguments.model[0], data=arguments.data)[1]
+    return Outcome(outcome.to_dict(), outcome.summary(), {"report": path, "page": page}, following=following)
 
 
-def _retrofit(arguments: Any) -> Outcome:
+def _retrofit(arguments: options.RetrofitArguments) -> Outcome:
     from ..diagnosis.retrofit import retrofit
     from ..figures.diagnosis_page import write_retrofit
     from ..figures.maps import before_after_figure, read_token_maps, save_figure
@@ -160,7 +165,7 @@ def _retrofit(arguments: Any) -> Outcome:
     return Outcome(result.report.to_dict(), result.report.summary(), lines, following=show)
 
 
-def _extract(arguments: Any) -> Outcome:
+def _extract(arguments: options.ExtractArguments) -> Outcome:
     from ..evaluation.extraction import extract_to_folder
     from ..hub.exported_reader import open_exported
 
@@ -172,7 +177,7 @@ def _extract(arguments: Any) -> Outcome:
     return replace(_same(report.to_dict()), shown=report.complete)  # true in the process that finished last
 
 
-def _dense(arguments: Any) -> Outcome:
+def _dense(arguments: options.DenseArguments) -> Outcome:
     from ..evaluation.dense_features import choose_features
     from ..evaluation.run import TaskParts
     from ..evaluation.tasks import Sampling
@@ -194,7 +199,7 @@ def _dense(arguments: Any) -> Outcome:
     return Outcome(asdict(choice), choice.summary(), {"settings": path}, following=use)
 
 
-def _evaluate(arguments: Any) -> Outcome:
+def _evaluate(arguments: options.EvaluateArguments) -> Outcome:
     from ..evaluation.report import EvaluationTable
     from ..evaluation.run import compare_backbones
     from ..figures.evaluation_page import write_evaluation
@@ -219,14 +224,14 @@ def _evaluate(arguments: Any) -> Outcome:
     return Outcome(result, "\n".join([table.markdown(), *lost]), path, following=following if known else ())
 
 
-def _publish(arguments: Any) -> Outcome:
+def _publish(arguments: options.PublishArguments) -> Outcome:
     from ..hub.publish import publish
 
     done = publish(arguments.model, arguments.repo_id, **arguments.settings())
     return Outcome(done.to_dict(), lines=done.summary())
 
 
-def _export(arguments: Any) -> Outcome:
+def _export(arguments: options.ExportArguments) -> Outcome:
     from ..hub.export import export
 
     done = export(arguments.model, arguments.output_dir, **arguments.settings())
@@ -234,13 +239,13 @@ def _export(arguments: Any) -> Outcome:
     return Outcome(done.to_dict(), lines=done.summary() | check)
 
 
-def _demo(arguments: Any) -> Outcome:
+def _demo(arguments: options.DemoArguments) -> Outcome:
     from .demo import serve
 
     return _same(serve(**vars(arguments)))
 
 
-def _doctor(arguments: Any) -> Outcome:
+def _doctor(arguments: options.DoctorArguments) -> Outcome:
     from .doctor import examine
 
     found = examine(arguments.output_dir, self_test=arguments.self_test)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode
 
 import torch
@@ -32,13 +32,15 @@ from ..figures.pages import data_url, render
 from ..models.saving import NoSpaceError, free_bytes, whole_file
 from ..models.tokens import TokenReader
 from .demo_page import TEMPLATES, MapRequest, read_views, results_page
-from .exploration import Explorer, InputImage, View
+from .exploration import Explorer, InputImage, Place, View
 
 if TYPE_CHECKING:
     import gradio as gr
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
+_Shown = TypeVar("_Shown")
 _TITLE = "What does a vision transformer look at?"
 _NO_COMPARISON = "none"
 EXAMPLES = ("china", "motorcycle", "chelsea", "flower", "coffee", "astronaut", "rocket", "camera")
@@ -132,9 +134,8 @@ def build_app(
         raise ImportError("The demo needs Gradio. Run: pip install 'hf_regvit[demo]'")
     if compare is not None and compare not in models:
         raise ValueError(f"compare='{compare}' is not one of the models. Choose from {', '.join(models)}.")
-    reference = list(builtin_images().values()) if reference is None else list(reference)
-    options: dict[str, Any] = {"cache_bytes": cache_bytes, "reference": reference, "settings": dense_settings}
-    return _Page(Explorer(models, device=device, **options), compare, len(reference)).app
+    explorer = Explorer(models, device=device, cache_bytes=cache_bytes, reference=reference, settings=dense_settings)
+    return _Page(explorer, compare).app
 
 
 def launch_options(*, port: int | None = None, host: str | None = None) -> dict[str, Any]:
@@ -199,8 +200,10 @@ def serve(
     shown = {name: _name_of(name, names) for name in names}
     models = {shown[name]: name for name in names}
     with _own_files():
-        options: dict[str, Any] = {"cache_bytes": cache_mib << 20, "dense_settings": dense_settings}
-        app = build_app(models, device=device, compare=shown[compare] if compare else None, **options)
+        beside = shown[compare] if compare else None
+        app = build_app(
+            models, device=device, compare=beside, cache_bytes=cache_mib << 20, dense_settings=dense_settings
+        )
         try:
             _, address, _ = app.launch(**launch_options(port=port, host=host), prevent_thread_lock=True)
             logger.info("The demo is running at %s. Press Ctrl-C to stop it.", address)
@@ -237,10 +240,10 @@ def _own_files() -> Iterator[None]:
 class _LimitedBody:
     """ASGI middleware that refuses a body larger than an upload may be, and uploads when the disk is nearly full."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: "ASGIApp") -> None:
         self.app = app
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Pass a request on, and count the bytes of its body."""
         left = 21 << 20  # `MAX_UPLOAD` and the form around it
         length = dict(scope.get("headers", ())).get(b"content-length", b"0")
@@ -254,7 +257,7 @@ class _LimitedBody:
             await send({"type": "http.response.body", "body": refused[1]})
             return
 
-        async def limited() -> Any:
+        async def limited() -> "Message":
             nonlocal left
             message = await receive()
             left -= len(message.get("body", b""))
@@ -283,7 +286,7 @@ def _name_of(source: str, others: Sequence[str]) -> str:
 class _Page:
     """Components of the page and their event handlers."""
 
-    def __init__(self, explorer: Explorer, compare: str | None, num_reference: int) -> None:
+    def __init__(self, explorer: Explorer, compare: str | None) -> None:
         import gradio as gr
 
         self.explorer = explorer
@@ -308,7 +311,7 @@ class _Page:
                         self.features = gr.Button("Download features (safetensors)", size="md", elem_id="get-features")
                     self.file = gr.DownloadButton("File", visible="hidden", elem_id="file")
                     with gr.Accordion("How to read the maps", open=False):
-                        gr.Markdown(_part("demo_help.md", num_reference=num_reference))
+                        gr.Markdown(_part("demo_help.md", num_reference=explorer.num_reference))
             self._connect()
         self.app.queue(max_size=32, default_concurrency_limit=2, api_open=False)
 
@@ -316,7 +319,7 @@ class _Page:
         import gradio as gr
 
         names = list(self.explorer.readers)
-        description = self.explorer.descriptions[names[0]]
+        description = self.explorer.readers[names[0]].description
         self.upload = gr.File(
             label="Your image", show_label=False, file_types=["image"], height=132, elem_id="upload"
         )  # fmt: skip
@@ -345,7 +348,7 @@ class _Page:
         def pick(event: gr.EventData) -> InputImage:
             return self.examples[event.name]
 
-        def point(event: gr.EventData) -> tuple[float, float]:
+        def point(event: gr.EventData) -> Place:
             return float(event.x), float(event.y)
 
         def restore(request: gr.Request) -> list[Any]:
@@ -397,17 +400,18 @@ class _Page:
             )
             done.success(None, js=_PRESS, api_visibility="private")
 
-    def _views(self, image: InputImage | None, place: Any, *settings: Any) -> tuple[dict[str, View], MapRequest]:
+    def _views(
+        self, image: InputImage | None, place: Place, model: str, compare: str, side: float, layer: float, head: int
+    ) -> tuple[dict[str, View], MapRequest]:
         if image is None:
             raise ValueError(
                 "The image is no longer available: images are kept for an hour at most. Select or upload it again."
             )
-        model, compare, side, layer, head = settings
         names = (model,) if compare in (_NO_COMPARISON, model) else (model, compare)
-        request = MapRequest(names, side=int(side), layer=int(layer), head=int(head), place=tuple(place))
+        request = MapRequest(names, side=int(side), layer=int(layer), head=head, place=place)
         return read_views(self.explorer, image, request), request
 
-    def _show(self, image: InputImage, place: object, *settings: Any) -> str:
+    def _show(self, image: InputImage, place: Place, *settings: Any) -> str:
         views, request = self._views(image, place, *settings)
         names = ("model", "compare", "side", "block", "head")
         x, y = (int(10_000 * share) for share in request.place)
@@ -419,11 +423,11 @@ class _Page:
         name = Path(path).name
         return InputImage.of(open_image(path, name=name, limits=_UPLOAD_LIMITS), Path(name).stem)
 
-    def _adapt(self, model: str, side: float) -> tuple[Any, Any, Any]:
+    def _adapt(self, model: str, side: float) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Adapt the controls to another model: a similar resolution, its first block to show, the mean over heads."""
         import gradio as gr
 
-        description = self.explorer.descriptions[model]
+        description = self.explorer.readers[model].description
         step, (low, high) = max(description.patch_size), self._sides(model)
         value = min(max(round(side / step) * step, low), high)
         return (
@@ -434,19 +438,19 @@ class _Page:
 
     def _blocks(self, model: str) -> dict[str, Any]:
         """Return options of the block slider. Its range must not be empty, even for one block."""
-        count, chosen = self.explorer.descriptions[model].num_layers, max(self.explorer.settings[model].layer, 1)
-        return {"minimum": 1, "maximum": max(count, 2), "value": chosen, "interactive": count > 1}
+        count, chosen = self.explorer.readers[model].description.num_layers, self.explorer.settings[model].layer
+        return {"minimum": 1, "maximum": max(count, 2), "value": max(chosen, 1), "interactive": count > 1}
 
     def _sides(self, model: str) -> tuple[int, int]:
         """Return the range of the resolution: 4 to 48 patches, extended to the image size of the model if outside."""
-        step, usual = max(self.explorer.descriptions[model].patch_size), self.explorer.default_side(model)
+        step, usual = max(self.explorer.readers[model].description.patch_size), self.explorer.default_side(model)
         return min(4 * step, usual), max(48 * step, usual)
 
-    def _figures(self, image: InputImage, place: object, *settings: Any) -> str:
+    def _figures(self, image: InputImage, place: Place, *settings: Any) -> str:
         views, request = self._views(image, place, *settings)
         return str(write_figures(views, image, request, self._folder()))
 
-    def _features(self, image: InputImage, place: object, *settings: Any) -> str:
+    def _features(self, image: InputImage, place: Place, *settings: Any) -> str:
         views, _ = self._views(image, place, *settings)
         return str(write_features(views, image, self._folder()))
 
@@ -462,25 +466,23 @@ def _part(template: str, **values: Any) -> str:
     return render(template, folder=TEMPLATES, **values)
 
 
-def _show_errors(title: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _show_errors(title: str, function: Callable[..., _Shown]) -> Callable[..., _Shown]:
     """Wrap a handler so that its errors appear on the page. Details of unexpected errors go to the log only."""
     import gradio as gr
 
     @wraps(function)
-    def told(*args: Any) -> Any:
+    def told(*args: Any) -> _Shown:
         try:
             return function(*args)
         except ValueError as error:  # unusable images and settings; the message says what to do
-            raise gr.Error(
-                html.escape(f"{title}. {error or type(error).__name__}"), duration=20, print_exception=False
-            ) from error
+            words = html.escape(f"{title}. {error or type(error).__name__}")
         except NoSpaceError as error:
             logger.error("%s. %s", title, error)
-            raise gr.Error(f"{title}. The disk of the server is full.", duration=20, print_exception=False) from error
-        except (RuntimeError, OSError, MemoryError) as error:
+            words = f"{title}. The disk of the server is full."
+        except (RuntimeError, OSError, MemoryError):
             logger.exception("%s", title)
             words = f"{title}. The log of the server contains the reason. A lower resolution may help."
-            raise gr.Error(words, duration=20, print_exception=False) from error
+        raise gr.Error(words, duration=20, print_exception=False)
 
     return told
 

@@ -1,6 +1,6 @@
 """The results page of the demo, as HTML."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..figures.maps import attention_limits, color_image, colored, distinct_registers, stretch
 from ..figures.pages import data_url, render
 from ..models.tokens import Query
-from .exploration import Explorer, InputImage, View
+from .exploration import Explorer, InputImage, Place, View
 
 TEMPLATES = Path(__file__).parent / "templates"
 _FINE = 4  # pixels per patch and side of a smooth map; the browser enlarges further
@@ -28,14 +28,14 @@ class MapRequest:
         side: Length of the shorter side of the image in pixels.
         layer: Number of the block, 1 to L of the first model.
         head: Number of the attention head from 1; 0 is the mean over heads.
-        place: Selected place (x, y), each in [0, 1) from the top left.
+        place: Selected place.
     """
 
     models: tuple[str, ...]
     side: int
     layer: int
     head: int = 0
-    place: tuple[float, float] = (0.5, 0.5)
+    place: Place = (0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,18 @@ class _Panel:
     pixels: bool = False  # one square per patch instead of smooth colors
     gray: bool = False  # input image in gray below the layer
     keys: bool = False  # accepts the arrow keys
-    outliers: Any = ()  # cells
-    query: Any = None  # selected cell
+    outliers: Sequence[Sequence[int]] = ()  # cells
+    query: tuple[int, int] | None = None  # selected cell
     box: tuple[int, ...] | None = None  # corners in cells
     missing: str = ""
 
 
 def read_views(explorer: Explorer, image: InputImage, request: MapRequest) -> dict[str, View]:
     """Return the view of each model. In the second model, the block is as far from the last one as in the first."""
-    depth = explorer.descriptions[request.models[0]].num_layers
+    depth = explorer.readers[request.models[0]].description.num_layers
     views = {}
     for name in request.models:
-        layer = max(explorer.descriptions[name].num_layers - (depth - request.layer), 1)
+        layer = max(explorer.readers[name].description.num_layers - (depth - request.layer), 1)
         views[name] = explorer.view(image, name, side=request.side, layer=layer)
     return views
 
@@ -164,7 +164,7 @@ def _attention(view: View, request: MapRequest, query: Query, name: str) -> _Pan
         grid=view.grid,
         image=data_url(_overlay(stretch(map_, *attention_limits(map_)))),
         gray=True,
-        query=query[1:] if query[0] == "patch" else None,
+        query=view.cell(request.place) if query[0] == "patch" else None,
     )
 
 

@@ -19,6 +19,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from ..hub.exported import available_threads
+from ..models.foreign_weights import first_line
+
 _OK, _NOTE, _BAD = "ok", "note", "bad"
 _PACKAGES = (
     "torch", "torchvision", "transformers", "accelerate", "datasets", "huggingface-hub", "evaluate", "safetensors",
@@ -144,8 +147,7 @@ def _torch_pair() -> Finding:
     try:
         import torchvision.ops  # noqa: F401
     except (ImportError, RuntimeError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return Finding(_BAD, f"{pair} cannot be imported ({why}). {advice}")
+        return Finding(_BAD, f"{pair} cannot be imported ({first_line(error)}). {advice}")
     if len({text.partition("+")[2] for text in (torch_version, vision)}) > 1:
         return Finding(_NOTE, f"{pair} are builds for different devices")
     return Finding(_OK, pair)
@@ -181,8 +183,7 @@ def _opencv() -> Finding:
     try:
         import cv2
     except ImportError as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return Finding(_BAD, f"cv2 cannot be imported ({why}). {advice}")
+        return Finding(_BAD, f"cv2 cannot be imported ({first_line(error)}). {advice}")
     if len(found) > 1:
         return Finding(_NOTE, f"{' and '.join(found)} provide the same module, cv2 {cv2.__version__}. {advice}")
     return Finding(_OK, ", ".join(found) or f"cv2 {cv2.__version__}, not from pip")
@@ -220,8 +221,7 @@ def _devices() -> Finding:
 def _threads() -> Finding:
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = torch.get_num_threads()
+    cores, threads = available_threads(), torch.get_num_threads()
     text = f"{threads} threads on {cores} cores"
     if threads > cores:
         return Finding(_NOTE, f"{text}, which is slower than one thread per core. Set OMP_NUM_THREADS={cores}")

@@ -1,7 +1,7 @@
 """Cached readings of images in models, so that further questions about an image need no forward pass.
 
 Shape letters: T = prefix + N tokens, N patches in a grid of (rows, columns), R registers, D width, L blocks. A place
-in an image is (x, y), each in [0, 1) from the top left, independent of resolution and model.
+in an image is independent of resolution and model.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 LOST_SETTINGS = LostSettings(feature="k", center="row", l2norm=True)
 MAX_PATCHES = 2304  # 48 x 48: the attention of 12 heads then takes 127 MB per block in float16
 _STORED_SIDE = 1536  # pixels; no image is read at a higher resolution
+
+Place = tuple[float, float]  # (x, y), each in [0, 1) from the top left
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +108,7 @@ class View:
         """Memory of the tensors in bytes."""
         return sum(t.nbytes for t in (self.tokens, self.norms, self.attention, self.keys) if t is not None)
 
-    def cell(self, place: tuple[float, float]) -> tuple[int, int]:
+    def cell(self, place: Place) -> tuple[int, int]:
         """Return the (row, column) of the patch at a place."""
         (x, y), (rows, columns) = place, self.grid
         return min(max(int(y * rows), 0), rows - 1), min(max(int(x * columns), 0), columns - 1)
@@ -205,28 +207,28 @@ class Explorer:
         if not models:
             raise ValueError("models is empty. Pass at least one model by name.")
         self.readers = {name: open_model(model, device=device) for name, model in models.items()}
-        self.descriptions = {name: reader.description for name, reader in self.readers.items()}
         self.settings = {name: settings_for(settings, reader) for name, reader in self.readers.items()}
         self.cache_bytes, self.max_patches = cache_bytes, max_patches
         self._kept: OrderedDict[tuple[str, str, int, int], View] = OrderedDict()
         self._busy = threading.Lock()  # two passes at once would be slower than in sequence, and need more memory
         self.num_passes = 0
         images = list(builtin_images().values()) if reference is None else list(reference)
+        self.num_reference = len(images)
         self._cutoffs = {name: self._find_cutoffs(name, images) for name in self.readers}
 
     def default_side(self, name: str) -> int:
         """Return the initial length of the shorter side in pixels: 224, or the image size of the model if smaller."""
         if (chosen := self.settings[name].image_size) is not None:
             return chosen
-        step = max(self.descriptions[name].patch_size)
-        own = min(self.descriptions[name].image_size)
+        step = max(self.readers[name].description.patch_size)
+        own = min(self.readers[name].description.image_size)
         return max(round(min(224, own) / step), 1) * step if self.readers[name].takes_other_sizes else own
 
     def short_side(self, image: Image.Image, name: str, side: int) -> int:
         """Return the length of the shorter side at which an image is read: whole patches, at most `max_patches`."""
         if not self.readers[name].takes_other_sizes:
             return self.default_side(name)
-        patch = self.descriptions[name].patch_size
+        patch = self.readers[name].description.patch_size
         step = max(patch)
         aspect = max(image.size) / min(image.size)
         most = math.floor(math.sqrt(self.max_patches / aspect)) * min(patch)
@@ -244,7 +246,7 @@ class Explorer:
         Raises:
             ValueError: A block that does not exist, or a model that produces NaN or infinity.
         """
-        description = self.descriptions[name]
+        description = self.readers[name].description
         layer = layer + description.num_layers + 1 if layer < 0 else layer
         if not 1 <= layer <= description.num_layers:
             raise ValueError(f"layer={layer} does not exist. '{name}' has blocks 1 to {description.num_layers}.")
@@ -254,7 +256,6 @@ class Explorer:
             if key not in self._kept:
                 for number, view in self._read(image.image, name, side, layer).items():
                     self._kept[*key[:3], number] = view
-                self._kept.move_to_end(key)
             self._kept.move_to_end(key)
             found = self._kept[key]
             while sum(view.num_bytes for view in self._kept.values()) > self.cache_bytes and len(self._kept) > 1:
@@ -263,7 +264,7 @@ class Explorer:
 
     def _read(self, image: Image.Image, name: str, side: int, layer: int) -> dict[int, View]:
         """Run one forward pass; return all blocks if their attention fits well into the cache, else only `layer`."""
-        reader, description = self.readers[name], self.descriptions[name]
+        reader, description = self.readers[name], self.readers[name].description
         whole = reader.takes_other_sizes  # else the image is cropped as for every other use of the model
         transform = reader.transform_for(image_size=side, keep_aspect=True) if whole else reader.transform_for()
         pixels = transform(image)  # (3, H, W)
@@ -308,14 +309,17 @@ class Explorer:
 
     def _find_cutoffs(self, name: str, images: Sequence[Image.Image]) -> dict[int, float]:
         """Return the cut-off of each block with a distinct group of high norms, over several images."""
-        reader, description = self.readers[name], self.descriptions[name]
+        reader, description = self.readers[name], self.readers[name].description
         logger.info("Measuring the usual norms of each block on %d reference images in %s.", len(images), name)
         layers = tuple(range(1, description.num_layers + 1))
         side = self.default_side(name) if reader.takes_other_sizes else None
         transform = reader.transform_for(image_size=side)
         norms: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         first = description.num_prefix_tokens
-        keep: Callable = lambda values, _: values[:, first:].float().norm(dim=-1).cpu()  # noqa: E731
+
+        def keep(values: Tensor, _: int) -> Tensor:
+            return values[:, first:].float().norm(dim=-1).cpu()
+
         for _, pixels in prepare_images(list(images), transform, batch_size=4):
             for layer, values in zip(layers, reader.read(pixels, layers=layers, reduce=keep).values):
                 norms[layer].append(values)

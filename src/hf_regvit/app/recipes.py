@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from enum import Enum
 from importlib import import_module
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -15,14 +15,17 @@ from .arguments import DemoArguments
 __all__ = ["RecipeError", "RecipeParser", "arguments_class", "options_of", "options_of_command"]
 
 
-class RecipeParser(OptionParser):
+_Arguments = TypeVar("_Arguments")
+
+
+class RecipeParser(OptionParser, Generic[_Arguments]):
     """Parser of the options of an argument class, with `--config recipe.yaml`: default < recipe < flag."""
 
-    def __init__(self, arguments_class: Any, **kwargs: Any) -> None:
+    def __init__(self, arguments_class: type[_Arguments], **kwargs: Any) -> None:
         super().__init__(options_of(arguments_class), **kwargs)
         self.arguments_class = arguments_class
 
-    def parse(self, args: Sequence[str]) -> tuple[Any]:
+    def parse(self, args: Sequence[str]) -> tuple[_Arguments]:
         """Parse `args`, which do not include the program name, into an instance of the class.
 
         Raises:
@@ -31,7 +34,7 @@ class RecipeParser(OptionParser):
         return (self.arguments_class(**self.values(args)),)
 
 
-def arguments_class(command: str) -> Any:
+def arguments_class(command: str) -> type:
     """Return the class of the arguments of a command."""
     module, _, name = COMMANDS[command].arguments.rpartition(".")
     found = getattr(import_module(f"hf_regvit.{module}"), name)
