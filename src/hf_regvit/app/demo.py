@@ -319,7 +319,7 @@ class _Page:
         import gradio as gr
 
         names = list(self.explorer.readers)
-        description = self.explorer.readers[names[0]].description
+        side, layer, head = self._options(names[0], self.explorer.default_side(names[0]))
         self.upload = gr.File(
             label="Your image", show_label=False, file_types=["image"], height=132, elem_id="upload"
         )  # fmt: skip
@@ -331,16 +331,9 @@ class _Page:
             self.compare = gr.Dropdown(
                 [_NO_COMPARISON, *names], value=compare or _NO_COMPARISON, label="Compare with", elem_id="compare"
             )
-            step = max(description.patch_size)
-            low, high = self._sides(names[0])
-            self.side = gr.Slider(
-                low, high, value=self.explorer.default_side(names[0]), step=step, elem_id="side",
-                label="Resolution: shorter side in pixels",
-            )  # fmt: skip
-            self.layer = gr.Slider(step=1, label="Block", elem_id="layer", **self._blocks(names[0]))
-            self.head = gr.Dropdown(
-                _heads(description.num_heads), value=0, label="Attention head", elem_id="head-choice"
-            )
+            self.side = gr.Slider(label="Resolution: shorter side in pixels", elem_id="side", **side)
+            self.layer = gr.Slider(step=1, label="Block", elem_id="layer", **layer)
+            self.head = gr.Dropdown(label="Attention head", elem_id="head-choice", **head)
 
     def _connect(self) -> None:
         import gradio as gr
@@ -423,28 +416,28 @@ class _Page:
         name = Path(path).name
         return InputImage.of(open_image(path, name=name, limits=_UPLOAD_LIMITS), Path(name).stem)
 
-    def _adapt(self, model: str, side: float) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Adapt the controls to another model: a similar resolution, its first block to show, the mean over heads."""
+    def _adapt(self, model: str, side: float) -> list[dict[str, Any]]:
+        """Adapt the controls to another model."""
         import gradio as gr
 
-        description = self.explorer.readers[model].description
-        step, (low, high) = max(description.patch_size), self._sides(model)
-        value = min(max(round(side / step) * step, low), high)
+        return [gr.update(**options) for options in self._options(model, side)]
+
+    def _options(self, model: str, side: float) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Return the controls of a model: a similar resolution, its first block to show, and the mean over heads."""
+        description, usual = self.explorer.readers[model].description, self.explorer.default_side(model)
+        step, blocks = max(description.patch_size), description.num_layers
+        low, high = min(4 * step, usual), max(48 * step, usual)  # 4 to 48 patches, and the size of the model
+        heads = [("mean over heads", 0), *((f"head {i}", i) for i in range(1, description.num_heads + 1))]
         return (
-            gr.update(minimum=low, maximum=high, step=step, value=value),
-            gr.update(**self._blocks(model)),
-            gr.update(choices=_heads(description.num_heads), value=0),
+            {"minimum": low, "maximum": high, "step": step, "value": min(max(round(side / step) * step, low), high)},
+            {
+                "minimum": 1,
+                "maximum": max(blocks, 2),  # the range of a slider must not be empty
+                "value": max(self.explorer.settings[model].layer, 1),
+                "interactive": blocks > 1,
+            },
+            {"choices": heads, "value": 0},
         )
-
-    def _blocks(self, model: str) -> dict[str, Any]:
-        """Return options of the block slider. Its range must not be empty, even for one block."""
-        count, chosen = self.explorer.readers[model].description.num_layers, self.explorer.settings[model].layer
-        return {"minimum": 1, "maximum": max(count, 2), "value": max(chosen, 1), "interactive": count > 1}
-
-    def _sides(self, model: str) -> tuple[int, int]:
-        """Return the range of the resolution: 4 to 48 patches, extended to the image size of the model if outside."""
-        step, usual = max(self.explorer.readers[model].description.patch_size), self.explorer.default_side(model)
-        return min(4 * step, usual), max(48 * step, usual)
 
     def _figures(self, image: InputImage, place: Place, *settings: Any) -> str:
         views, request = self._views(image, place, *settings)
@@ -485,10 +478,6 @@ def _show_errors(title: str, function: Callable[..., _Shown]) -> Callable[..., _
         raise gr.Error(words, duration=20, print_exception=False)
 
     return told
-
-
-def _heads(count: int) -> list[tuple[str, int]]:
-    return [("mean over heads", 0), *((f"head {i + 1}", i + 1) for i in range(count))]
 
 
 def _thumbnail(image: Image.Image) -> Image.Image:

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 
@@ -51,9 +50,9 @@ def bundle_adapter(folder: str | Path, output_dir: str | Path, *, card: Json) ->
         raise CardError("The card of the updates has no license. Give one, such as --license apache-2.0.")
     check_weight_files(folder)
     parameters = _check_updates(folder)
-    license: dict[str, Any] = {name: card.get(name) for name in ("license", "license_name", "license_link")}
     header = ModelCardData(
-        **license, datasets=list(card.get("datasets") or ()) or None, base_model=base, library_name="peft",
+        **{name: card[name] for name in ("license", "license_name", "license_link") if name in card},
+        datasets=list(card.get("datasets") or ()) or None, base_model=base, library_name="peft",
         pipeline_tag="image-feature-extraction", tags=card_header(text).get("tags"),
     )  # fmt: skip
     body = re.sub(r"^---\n.*?\n---\n", "", text, count=1, flags=re.DOTALL).replace(trained_from, base)

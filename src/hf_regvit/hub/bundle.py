@@ -159,8 +159,8 @@ def bundle(
             card, reports, example_pictures=example_pictures, max_shard_size=max_shard_size, exported=exported
         )
         write_json(staged / "manifest.json", {**read_json(staged / "manifest.json"), "options": options})
-        read_bundle(staged)
-    return read_bundle(output)
+        made = read_bundle(staged)
+    return dataclasses.replace(made, folder=output)
 
 
 def option_hashes(
