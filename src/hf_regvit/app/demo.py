@@ -320,9 +320,7 @@ class _Page:
 
         names = list(self.explorer.readers)
         side, layer, head = self._options(names[0], self.explorer.default_side(names[0]))
-        self.upload = gr.File(
-            label="Your image", show_label=False, file_types=["image"], height=132, elem_id="upload"
-        )  # fmt: skip
+        self.upload = gr.File(label="Your image", show_label=False, file_types=["image"], height=132, elem_id="upload")
         thumbs = {name: data_url(_thumbnail(each.image), "JPEG") for name, each in self.examples.items()}
         script = _part("demo_thumbs.js")
         self.gallery = gr.HTML(_part("demo_thumbs.html", images=thumbs), js_on_load=script, elem_id="examples")
@@ -384,13 +382,8 @@ class _Page:
         for setting in (self.compare, self.side, self.layer, self.head):
             setting.input(**show)
         for button, write in ((self.figures, self._figures), (self.features, self._features)):
-            done = button.click(
-                _show_errors("The file could not be created", write),
-                asked,
-                self.file,
-                show_progress_on=[button],
-                **common,
-            )
+            told = _show_errors("The file could not be created", write)
+            done = button.click(told, asked, self.file, show_progress_on=[button], **common)
             done.success(None, js=_PRESS, api_visibility="private")
 
     def _views(
@@ -486,9 +479,7 @@ def _thumbnail(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + side, top + side)).resize((112, 112), Image.Resampling.LANCZOS)
 
 
-_NONE_PICKED = (
-    "() => document.querySelectorAll('.thumbs button').forEach((b) => b.setAttribute('aria-pressed', false))"
-)
+_NONE_PICKED = "() => document.querySelectorAll('.thumbs button').forEach(b => b.setAttribute('aria-pressed', false))"
 
 # On a phone, open settings would push the maps off the screen.
 _ON_A_PHONE = "() => { if (innerWidth < 768) document.querySelector('#settings button').click(); }"

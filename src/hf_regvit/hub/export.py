@@ -46,6 +46,7 @@ from .exported import (
 )
 from .scan import may_be_published
 
+Size = int | str | Sequence[int]  # of images, as given by a user
 FORMATS = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch", "web": "onnxruntime"}
 PRECISIONS = ("f32", "f16", "int8", "int8-weights")
 INPUTS = ("float", "uint8")
@@ -117,7 +118,7 @@ def export(
     folder: str | Path,
     *,
     format: str | Sequence[str] = ("onnx", "openvino"),
-    size: int | str | Sequence[int] | None = None,
+    size: Size | None = None,
     precision: str | Sequence[str] = "f32",
     data: Data | ImageSource | None = None,
     num_calibration: int = 300,
@@ -218,12 +219,7 @@ def _check_packages(formats: Sequence[str], precisions: Sequence[str]) -> None:
 
 
 def _prepare(
-    model: TokenReader | nn.Module | str | Path,
-    size: int | str | Sequence[int] | None,
-    input: str,
-    task: str | None,
-    *,
-    for_page: bool,
+    model: TokenReader | nn.Module | str | Path, size: Size | None, input: str, task: str | None, *, for_page: bool
 ) -> tuple[NamedOutputs, EvaluationTransform, tuple[int, int] | None, BaseImageProcessor, dict[str, Any]]:
     """Open the model and return its network, transform, image size, processor and the numbers of its processor."""
     opened = open_regvit(model)
@@ -252,9 +248,7 @@ def _prepare(
     return network, transform, wanted, processor, settings
 
 
-def _parse_size(
-    size: int | str | Sequence[int] | None, own: tuple[int, int], stored: tuple[int, int]
-) -> tuple[int, int] | None:
+def _parse_size(size: Size | None, own: tuple[int, int], stored: tuple[int, int]) -> tuple[int, int] | None:
     if size is None or size == "stored" or size == "any":
         return {None: own, "stored": stored, "any": None}[size]
     sides = size.split("x") if isinstance(size, str) else [size] if isinstance(size, int) else size
@@ -316,7 +310,7 @@ def _images_of_user(
         return {}, []
     source = data if isinstance(data, ImageSource) else load_images(data, split=None)
     order = np.random.default_rng(seed).permutation(len(source)).tolist()
-    held = min(_MOST_HELD_OUT, len(order))
+    held, count = min(_MOST_HELD_OUT, len(order)), 0
     if "int8" in request.precisions:
         held = max(_FEWEST_HELD_OUT, min(_MOST_HELD_OUT, len(order) // 4))
         count = min(num_calibration, len(order) - held)
@@ -326,8 +320,6 @@ def _images_of_user(
                 f"num_calibration is {num_calibration}, and '{source.name}' has {len(order)} images, of which {held} "
                 "are held out for the proof. Give more images, or use precision='int8-weights'."
             )
-    else:
-        count = 0
     network, labels = request.network, _labels(request, source)
     places = {source.ids[place]: place for place in order[:held]}
     rows = [row for batch in prepare_images(source.subset(order[:held]), request.transform) for row in zip(*batch)]
