@@ -17,7 +17,11 @@ from pathlib import Path
 from hf_regvit_cli import main as regvit
 
 ROOT = Path(__file__).resolve().parents[2]
-VIT_TERMS = "no license file at the source; presumably Apache-2.0 (augreg, arXiv 2106.10270)"
+VIT = (
+    "--license", "other", "--license_name", "unknown-see-base-model",
+    "--license_link", "https://arxiv.org/abs/2106.10270", "--base_model", "vit_tiny_patch16_224",
+    "--base_model_license", "no license file at the source; presumably Apache-2.0 (augreg, arXiv 2106.10270)",
+)  # fmt: skip
 IMAGENET = "ImageNet-1k (and, presumably, ImageNet-21k before)"
 
 
@@ -65,15 +69,8 @@ def converted(work: Path, data: Path, cards: Path, few: str) -> None:
     model = work / "vit-tiny"
     if not (model / "config.json").exists():
         run_regvit("convert", "--model", data / "vit_tiny_patch16_224", "--output_dir", model)
-    diagnosis = once(work / "vit-tiny-diagnosis", "diagnose", "--model", model, "--data",
-                     data / "imagenet_samples", "--max_images", "100")  # fmt: skip
-    scores = once(work / "vit-tiny-evaluation", "evaluate", "--model", model, "--data", data / "caltech101",
-                  "--tasks", "knn", "--max_images", few)  # fmt: skip
     keep(
-        work, cards, "regvit-vit-tiny-converted", model, diagnosis, scores, "--origin", "converted",
-        "--license", "other", "--license_name", "unknown-see-base-model",
-        "--license_link", "https://arxiv.org/abs/2106.10270",
-        "--base_model", "vit_tiny_patch16_224", "--base_model_license", VIT_TERMS,
+        work, cards, "regvit-vit-tiny-converted", model, *measured(model, data, few), "--origin", "converted", *VIT,
         "--data", f"{IMAGENET}, with labels, by the authors of the base model.",
         "--data_license", "ImageNet: non-commercial research",
         "--description", "This is the ViT-Tiny of the base model as a RegViT without registers: the same weights in "
@@ -87,15 +84,8 @@ def test_time_registers(work: Path, data: Path, cards: Path, few: str) -> None:
     if not (model / "config.json").exists():
         run_regvit("retrofit", "--model", work / "vit-tiny", "--data", data / "caltech101", "--split", "train",
                    "--output_dir", model)  # fmt: skip
-    diagnosis = once(work / "vit-tiny-test-time-registers-diagnosis", "diagnose", "--model", model, "--data",
-                     data / "imagenet_samples", "--max_images", "100")  # fmt: skip
-    scores = once(work / "vit-tiny-test-time-registers-evaluation", "evaluate", "--model", model, "--data",
-                  data / "caltech101", "--tasks", "knn", "--max_images", few)  # fmt: skip
     keep(
-        work, cards, "regvit-vit-tiny-test-time-registers", model, diagnosis, scores,
-        "--license", "other", "--license_name", "unknown-see-base-model",
-        "--license_link", "https://arxiv.org/abs/2106.10270",
-        "--base_model", "vit_tiny_patch16_224", "--base_model_license", VIT_TERMS,
+        work, cards, "regvit-vit-tiny-test-time-registers", model, *measured(model, data, few), *VIT,
         "--data", f"{IMAGENET}, with labels, by the authors of the base model. The register neurons were selected on "
         "500 training images of caltech101.",
         "--data_license", "ImageNet: non-commercial research; caltech101: CC BY 4.0",
@@ -113,21 +103,23 @@ def retrofitted(work: Path, data: Path, cards: Path, few: str, steps: int) -> No
             "--logging_steps", "10",
             "--use_cpu", "--disable_tqdm", "True", "--load_best_model_at_end", "False",
         )  # fmt: skip
-    diagnosis = once(work / "vit-tiny-registers-diagnosis", "diagnose", "--model", run, "--data",
-                     data / "imagenet_samples", "--max_images", "100")  # fmt: skip
-    scores = once(work / "vit-tiny-registers-evaluation", "evaluate", "--model", run, "--data", data / "caltech101",
-                  "--tasks", "knn", "--max_images", few)  # fmt: skip
     keep(
-        work, cards, "regvit-vit-tiny-registers", run, diagnosis, scores, "--origin", "retrofitted",
-        "--license", "other", "--license_name", "unknown-see-base-model",
-        "--license_link", "https://arxiv.org/abs/2106.10270",
-        "--base_model", "vit_tiny_patch16_224", "--base_model_license", VIT_TERMS,
+        work, cards, "regvit-vit-tiny-registers", run, *measured(run, data, few), "--origin", "retrofitted", *VIT,
         "--data_license", "caltech101: CC BY 4.0; before that ImageNet: non-commercial research",
         "--description", f"Four registers were added to a trained ViT-Tiny, which was then fine-tuned for {steps} "
         "steps of 16 images. This training is too short to remove artifacts and only demonstrates the procedure; "
         "compare the diagnosis below with that of the model without registers. The kNN uses images of the fine-tuning "
         "as its bank.",
     )  # fmt: skip
+
+
+def measured(model: Path, data: Path, few: str) -> tuple[Path, Path]:
+    """Return the folders of the diagnosis and the evaluation of a ViT-Tiny, beside its own."""
+    diagnosis = once(model.with_name(f"{model.name}-diagnosis"), "diagnose", "--model", model, "--data",
+                     data / "imagenet_samples", "--max_images", "100")  # fmt: skip
+    scores = once(model.with_name(f"{model.name}-evaluation"), "evaluate", "--model", model, "--data",
+                  data / "caltech101", "--tasks", "knn", "--max_images", few)  # fmt: skip
+    return diagnosis, scores
 
 
 def once(folder: Path, command: str, *arguments: object) -> Path:
