@@ -36,7 +36,7 @@ from hf_regvit import PretrainingArguments, RegViTModel, TokenReader, knn_classi
 from hf_regvit.data.builtin import builtin_images
 from hf_regvit.diagnosis.diagnose import artifact_snapshot
 from hf_regvit.figures.curves import curves_figure, read_metrics
-from hf_regvit.figures.diagnosis_page import attention_panel, image_panel, map_panel
+from hf_regvit.figures.diagnosis_page import Panel, attention_panel, image_panel, map_panel
 from hf_regvit.figures.maps import INK, STYLE, TokenMaps, color_image, pca_colors, read_token_maps, stretch
 from hf_regvit.figures.pages import chart, data_url, render, write_page
 
@@ -494,7 +494,7 @@ def page_values(run: Path, images, networks: dict[str, RegViTModel], processor) 
     }  # fmt: skip
 
 
-def token_panels(maps: TokenMaps, when: str) -> list[dict]:
+def token_panels(maps: TokenMaps, when: str) -> list[Panel]:
     """Return attention of CLS and of each register, PCA and norms of the patches, with a note under each."""
     names = ["CLS", *(f"register {i + 1}" for i in range(len(maps.registers)))]
     panels = [attention_panel(values, f"{name}, {when}") for name, values in zip(names, maps.attention, strict=True)]
@@ -502,7 +502,7 @@ def token_panels(maps: TokenMaps, when: str) -> list[dict]:
     low, high = relative.min().item(), relative.max().item()
     norm = map_panel(stretch(relative, low, high), "viridis", f"norm, {when}", f"{low:.1f} to {high:.1f} x median")
     colors = data_url(color_image(pca_colors(maps.patch_tokens)))
-    return [*panels, norm | {"label": f"PCA, {when}", "note": "three components", "image": colors}, norm]
+    return [*panels, Panel(f"PCA, {when}", "three components", colors, relative.shape), norm]
 
 
 def norm_rows(before: dict, after: dict) -> list[list[str]]:

@@ -20,7 +20,7 @@ from ..models.tokens import TokenReader, TokenReading
 from .outliers import Cutoff, emergence_layer, find_cutoff, reported_layer
 from .readings import blocks_of, check_grid, token_norms
 
-AnyRegViT = TypeVar("AnyRegViT", bound=RegViTPreTrainedModel)
+Model = TypeVar("Model", bound=RegViTPreTrainedModel)
 
 
 class RetrofitError(ValueError):
@@ -212,9 +212,7 @@ def mlp_output(reader: TokenReader, block: int) -> nn.Linear:
     return layer
 
 
-def add_test_time_registers(
-    model: AnyRegViT, neurons: Sequence[Sequence[int]], *, num_register_tokens: int = 1
-) -> AnyRegViT:
+def add_test_time_registers(model: Model, neurons: Sequence[Sequence[int]], *, num_register_tokens: int = 1) -> Model:
     """Return a copy of a RegViT with more registers, which are zero and into which the given neurons write.
 
     Args:
@@ -236,7 +234,7 @@ def add_test_time_registers(
     return copy.deepcopy(with_shared_weights(model, neurons, num_register_tokens))
 
 
-def silence_neurons(model: AnyRegViT, neurons: Sequence[Sequence[int]]) -> AnyRegViT:
+def silence_neurons(model: Model, neurons: Sequence[Sequence[int]]) -> Model:
     """Return a model in which these neurons have no output: the control that shows why they need a register.
 
     All other weights are shared with `model`, not copied.
@@ -260,7 +258,7 @@ def check_no_neurons(model: RegViTPreTrainedModel) -> None:
         )
 
 
-def with_shared_weights(model: AnyRegViT, neurons: Sequence[Sequence[int]], num_register_tokens: int) -> AnyRegViT:
+def with_shared_weights(model: Model, neurons: Sequence[Sequence[int]], num_register_tokens: int) -> Model:
     """Build the model of `add_test_time_registers` without copying weights, for short-lived models."""
     config = copy.deepcopy(model.config)
     config.num_register_tokens += num_register_tokens

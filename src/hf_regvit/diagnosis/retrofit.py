@@ -307,8 +307,7 @@ def retrofit(
     _check_ranges(settings, description.num_layers)
     prepared = prepare_images(images, transform, **drawn)
     norms = read_all_norms(reader, prepared, progress=progress)
-    parts = _divide(len(norms[0]), seed)
-    search = _Search(reader, prepared, parts, settings)
+    search = _Search(reader, prepared, _divide(len(norms[0]), seed), settings)
     search.run(norms)
     watch.lap("search")
     tried, registers = search.choose_registers()
@@ -316,32 +315,26 @@ def retrofit(
     if isinstance(reader.processor, BaseImageProcessor):
         made.image_processor = reader.processor
     watch.lap("choice")
-    logger.info("Measuring the model and its controls on %d test images.", parts["judged"].sum())
-    batches = _rows(prepared, parts["judged"])
+    logger.info("Measuring the model and its controls on %d test images.", search.parts["judged"].sum())
+    batches = _rows(prepared, search.parts["judged"])
     first = next(batches)
-    judged = _measure_on_test_images(search, made, chain([first], batches), seed)
+    judged = _measure_on_test_images(search, made, chain([first], batches))
     sizes = [
-        _measure_size(search, made, prepare_images(images, reader.transform_for(image_size=size), **drawn), parts)
+        _measure_size(search, made, prepare_images(images, reader.transform_for(image_size=size), **drawn))
         for size in image_sizes
     ]
     native = [round((first.shape[-2] * first.shape[-1]) ** 0.5)] * (not judged["after"]["layers_with_outliers"])
     made.config.register_sizes = sorted({*native, *(size["image_size"] for size in sizes if size["proved"])}) or None
     watch.lap("test")
     measured = {"tried": tried, "judged": judged, "sizes": sizes, "settings": settings, "seconds": watch.seconds}
-    report = _report(model, search, made, parts, measured)
+    report = _report(model, search, made, measured)
     result = RetrofitResult(made, search.model, report, first[:EXAMPLES], transform)
     if output_dir is not None:
         result.save(output_dir)
     return result
 
 
-def _report(
-    model: object,
-    search: "_Search",
-    made: RegViTPreTrainedModel,
-    parts: dict[str, NDArray[np.bool_]],
-    measured: Record,
-) -> RetrofitReport:
+def _report(model: object, search: "_Search", made: RegViTPreTrainedModel, measured: Record) -> RetrofitReport:
     description, neurons = search.reader.description, search.populations[0].neurons
     name = description.name
     if isinstance(model, str | Path):  # a whole Hub id, so that a card can link it
@@ -356,7 +349,7 @@ def _report(
         scores=search.scores,
         num_register_tokens=made.config.num_register_tokens - description.num_register_tokens,
         **{name: getattr(neurons, name) for name in ("layer", "cutoff", "emergence")},
-        images={name: int(rows.sum()) for name, rows in parts.items()},
+        images={name: int(rows.sum()) for name, rows in search.parts.items()},
         passes=search.records,
         stopped=search.stopped,
         **measured,
@@ -499,7 +492,7 @@ class _Search:
     def __init__(
         self, reader: TokenReader, images: PreparedImages, parts: dict[str, NDArray[np.bool_]], settings: Record
     ) -> None:
-        self.reader, self.images, self.part, self.settings = reader, images, parts["search"], settings
+        self.reader, self.images, self.parts, self.settings = reader, images, parts, settings
         assert isinstance(reader.model, RegViTPreTrainedModel)
         self.model = reader.model
         self.pixels = list(_rows(images, parts["choice"]))
@@ -521,7 +514,7 @@ class _Search:
         reader, cutoff = self.reader, self.settings["cutoff"]
         while len(self.records) < self.settings["max_passes"]:
             try:
-                neurons = search_neurons(reader, self.images, norms, cutoff, self.part)
+                neurons = search_neurons(reader, self.images, norms, cutoff, self.parts["search"])
             except RetrofitError as error:
                 if not self.records:
                     raise
@@ -623,12 +616,12 @@ def _least_change(tried: Sequence[Record], share: float) -> Record:
 
 
 def _measure_on_test_images(
-    search: _Search, made: RegViTPreTrainedModel, batches: Iterable[Tensor], seed: int
+    search: _Search, made: RegViTPreTrainedModel, batches: Iterable[Tensor]
 ) -> dict[str, Record]:
     """Compare the retrofitted model and its controls with the model on the test images."""
     reader, model, neurons = search.reader, search.model, search.populations[0].neurons
     registers = made.config.num_register_tokens - model.config.num_register_tokens
-    random = _random_neurons(search.pairs, neurons.scores.shape[1], seed)
+    random = _random_neurons(search.pairs, neurons.scores.shape[1], search.settings["seed"])
     variants = {
         "after": made,
         "registers alone": with_shared_weights(model, [], registers),
@@ -647,11 +640,9 @@ def _measure_on_test_images(
     return {name: tally.row() for name, tally in tallies.items()}
 
 
-def _measure_size(
-    search: _Search, made: RegViTPreTrainedModel, images: PreparedImages, parts: dict[str, NDArray[np.bool_]]
-) -> Record:
+def _measure_size(search: _Search, made: RegViTPreTrainedModel, images: PreparedImages) -> Record:
     """Measure a retrofitted model on test images of another size, and whether more registers would change it less."""
-    rows = parts["judged"] & (np.cumsum(parts["judged"]) <= CHOICE_IMAGES)
+    rows = search.parts["judged"] & (np.cumsum(search.parts["judged"]) <= CHOICE_IMAGES)
     pixels = list(_rows(images, rows))
     before = [_read(search.reader, batch) for batch in pixels]
     norms = torch.cat([seen.norms for seen in before], dim=1).numpy()  # (L + 1, n, N)

@@ -162,10 +162,8 @@ def global_proxy_share(reader: TokenReader, pixels: Tensor, *, batch_size: int) 
         reading = reader.read(batch)
         columns = reading.grid[1]
         tokens.append(normalized(reader, reading.at())[:, reading.num_prefix_tokens :])
-    all_tokens = torch.cat(tokens)
-    unit = F.normalize(all_tokens - all_tokens.mean(dim=(0, 1)), dim=-1).unflatten(
-        1, (-1, columns)
-    )  # (n, rows, columns, D)
+    joined = torch.cat(tokens)
+    unit = F.normalize(joined - joined.mean(dim=(0, 1)), dim=-1).unflatten(1, (-1, columns))  # (n, rows, columns, D)
     left, right = (half.flatten(1, 2) for half in unit.split((columns // 2, columns - columns // 2), dim=2))
     cosines = left @ right.mT  # (n, left, right)
     found = torch.cat([cosines.amax(dim=2), cosines.amax(dim=1)], dim=1) >= PROXY_COSINE

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..data.maps import DenseSource
 from ..data.preparation import prepare_images
 from ..models.loading import open_model
-from ..models.results import markdown_table
+from ..models.results import Record, markdown_table
 from ..models.saving import read_object, write_json
 from ..models.tokens import Layers, Site, TokenReader, TokenReading, finite_values, resolve_layers
 from .intervals import STATISTICS, paired_difference
@@ -45,7 +45,7 @@ class FeatureSettings:
     views: int = 1
     image_size: int | None = None
     pool_to_grid: bool = False
-    model: dict[str, Any] | None = None
+    model: Record | None = None
 
     def __post_init__(self) -> None:
         if type(self.layer) is not int:
@@ -96,7 +96,7 @@ class FeatureSettings:
         return replace(self, layer=resolve_layers((self.layer,), d.num_layers)[0])
 
 
-def model_sizes(reader: TokenReader) -> dict[str, Any]:
+def model_sizes(reader: TokenReader) -> Record:
     """Return the sizes of a model that settings depend on."""
     d = reader.description
     sizes = {"num_layers": d.num_layers, "hidden_size": d.hidden_size}
@@ -182,22 +182,20 @@ def read_sites_of_views(
     return {site: replace(one, values=tuple(total[site]), grid=grid or one.grid) for site, one in readings.items()}
 
 
-def pooled_grid(
-    reader: TokenReader, pixel_values: Tensor, image_size: int | None, pool: bool
-) -> tuple[int, int] | None:
+def pooled_grid(reader: TokenReader, pixels: Tensor, image_size: int | None, pool: bool) -> tuple[int, int] | None:
     """Return the grid of the image at the model's own size, or None if nothing is pooled."""
     d = reader.description
     if not pool or image_size is None or image_size <= min(d.image_size):
         return None
     scale = min(d.image_size) / image_size
-    sides = zip(pixel_values.shape[-2:], d.patch_size)
+    sides = zip(pixels.shape[-2:], d.patch_size)
     rows, columns = (max(1, round(side // step * scale)) for side, step in sides)
     return rows, columns
 
 
 def patch_maps(
     model: TokenReader | nn.Module | str | Path,
-    images: Any,
+    images: object,
     *,
     layer: int | None = None,
     views: int | None = None,
@@ -387,7 +385,7 @@ class FeatureChoice:
     task: str
     metric: str
     settings: FeatureSettings
-    candidates: tuple[dict[str, Any], ...]
+    candidates: tuple[Record, ...]
     chosen: int
     difference: float
     interval: tuple[float, float]
@@ -462,7 +460,7 @@ def choose_features(
     pairs = [(1, own), *((v, s) for s in sizes for v in views if (v, s) != (1, own))]  # the default comes first
     options = [FeatureSettings(-1, v, s, pool_to_grid and s > own).for_reader(reader) for v, s in pairs]
     blocks = (depth, *(block for block in blocks if block != depth))
-    candidates: list[dict[str, Any]] = []
+    candidates: list[Record] = []
     rows: list[np.ndarray] = []
     for one in options:
         scored, seconds = probe_rows(reader, train, test, blocks, one, batch_size)

@@ -386,9 +386,8 @@ def _checked_depth(depth: np.ndarray | Tensor, settings: DepthSettings, name: st
     values = torch.as_tensor(depth).cpu().float()
     if values.ndim != 2:
         raise ValueError(f"The depth of '{name}' has shape {tuple(values.shape)}. Give one (H, W) map in meters.")
-    values = torch.where(
-        values.isfinite() & (values >= settings.min_depth) & (values <= settings.max_depth), values, 0
-    )
+    measured = values.isfinite() & (values >= settings.min_depth) & (values <= settings.max_depth)
+    values = torch.where(measured, values, 0)
     if not values.any():
         raise ValueError(
             f"The depth of '{name}' has no pixel between {settings.min_depth} and {settings.max_depth} meters. Check "

@@ -156,9 +156,7 @@ class Linear:
         linear_learning_rates: list[float] | None = option(
             None, "Learning rates of the linear probe for 256 images. Default: 13 from 1e-5 to 0.1."
         )
-        linear_num_blocks: list[int] = option(
-            lambda: [1, 4], "Numbers of last blocks whose vectors the linear probe reads."
-        )
+        linear_num_blocks: list[int] = option([1, 4], "Numbers of last blocks whose vectors the linear probe reads.")
 
     settings: Settings
     name, title, hub_type, needs = "linear", "Linear probe", "image-classification", "labels"

@@ -171,25 +171,21 @@ class Lost:
 
         boxes: str | None = option(None, "Column with ground-truth boxes. Default: objects, bbox or boxes.")
         box_format: str = option("xywh", "Box format: xywh (corner, width, height, as in COCO) or xyxy (two corners).")
-        lost_features: list[str] = option(
-            lambda: ["k", "q", "v", "out"], "Features for object discovery, among q k v out."
-        )
+        lost_features: list[str] = option(["k", "q", "v", "out"], "Features for object discovery, among q k v out.")
         lost_layers: list[int] = option(
-            lambda: [-1, -2, -3, -4],
+            [-1, -2, -3, -4],
             "Blocks for object discovery, counted from the end. A shallow model uses those that it has.",
         )
         lost_centers: list[str] = option(
-            lambda: ["none", "image", "row"], "Centering for object discovery, among none image row."
+            ["none", "image", "row"], "Centering for object discovery, among none image row."
         )
-        lost_l2norm: list[str] = option(
-            lambda: ["false", "true"], "L2 normalization for object discovery, among false true."
-        )
+        lost_l2norm: list[str] = option(["false", "true"], "L2 normalization for object discovery, among false true.")
         lost_biases: list[float] | None = option(
             None,
             "Biases added to the cosine similarities, or to the dot products with --lost_l2norm false. Default: 0 "
             "-0.1 -0.2 -0.4 -0.6 for cosines and 0 for dot products, whose scale depends on the model.",
         )
-        lost_k: list[int] = option(lambda: [100], "Numbers of candidate patches for seed expansion.")
+        lost_k: list[int] = option([100], "Numbers of candidate patches for seed expansion.")
         max_side: int = option(640, "Maximum longer side for object discovery in pixels; larger images are resized.")
 
         def __post_init__(self) -> None:

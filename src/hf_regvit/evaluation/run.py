@@ -306,8 +306,7 @@ class TaskParts:
             self.notes.append(f"{len(features.skipped)} of {len(source)} {label} could not be read and were skipped.")
         if features.kind != "CLS" and part == "train":
             self.notes.append("The model has no CLS token, so tasks on whole images use the mean of its patch tokens.")
-        labels = dict(zip(source.ids, source.labels or ()))
+        by_id = dict(zip(source.ids, source.labels or ()))
+        labels = torch.tensor([by_id[name] for name in features.ids])
         num_classes = 1 + max(max(one.labels or ()) for one in self.images.values())
-        return LabeledFeatures(
-            features, torch.tensor([labels[name] for name in features.ids]), num_classes, source.name
-        )
+        return LabeledFeatures(features, labels, num_classes, source.name)

@@ -8,6 +8,7 @@ import csv
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,8 +116,7 @@ def _before_after(first: ArtifactReport, last: ArtifactReport) -> list[Record]:
         if pair[0]["id"] == pair[1]["id"]:
             both, sides = torch.cat([_logs(one).flatten() for one in pair]), ("first model", "last model")
             norms = [
-                _norm_map(one, report, both) | {"label": f"norm, {side}"}
-                for one, report, side in zip(pair, (first, last), sides)
+                _norm_map(one, report, both, f"norm, {side}") for one, report, side in zip(pair, (first, last), sides)
             ]
             attention = [
                 attention_panel(one["attention_cls"], f"CLS attention, {side}")
@@ -156,13 +156,34 @@ def write_retrofit(
     return write_page(page, path)
 
 
-def image_panel(image: Image.Image) -> Record:
+@dataclass(frozen=True)
+class Panel:
+    """Image or map for the template.
+
+    Args:
+        label: Name below the panel.
+        note: Short text below the name.
+        image: Data URL.
+        grid: (rows, columns) of the cells of a map or of the pixels of an image.
+        kind: "pixels" for a map, whose cells are not smoothed, or "image".
+        outliers: (row, column) of each cell that gets a frame.
+    """
+
+    label: str
+    note: str
+    image: str
+    grid: Sequence[int]
+    kind: str = "pixels"
+    outliers: Sequence[Sequence[int]] = ()
+
+
+def image_panel(image: Image.Image) -> Panel:
     """Return an image for the template."""
-    shape = {"grid": (image.height, image.width), "kind": "image", "outliers": []}
-    return {"label": "image", "note": "as the model received it", "image": data_url(image, "JPEG")} | shape
+    url = data_url(image, "JPEG")
+    return Panel("image", "as the model received it", url, (image.height, image.width), kind="image")
 
 
-def _retrofit_maps(before: TokenMaps, after: TokenMaps) -> list[Record]:
+def _retrofit_maps(before: TokenMaps, after: TokenMaps) -> list[Panel]:
     """Return norms on one scale, attention of the registers (equal ones once), one PCA for both, attention of CLS."""
     sides = {"before": before, "after": after}
     logs = torch.stack([maps.norms for maps in sides.values()]).clamp(min=1e-12).log()
@@ -171,9 +192,7 @@ def _retrofit_maps(before: TokenMaps, after: TokenMaps) -> list[Record]:
     norms, pca, cls = [], [], []
     for (side, maps), shade, image in zip(sides.items(), shades, colors):
         norms.append(map_panel(shade, "viridis", f"norm {side}", f"{maps.norms.min():.3g} to {maps.norms.max():.3g}"))
-        pca.append(
-            norms[-1] | {"label": f"PCA {side}", "note": "one PCA for both", "image": data_url(color_image(image))}
-        )
+        pca.append(Panel(f"PCA {side}", "one PCA for both", data_url(color_image(image)), shade.shape))
         first = len(maps.attention) - len(maps.registers)
         cls += [attention_panel(values, f"CLS attention {side}") for values in maps.attention[:first]]
     registers = distinct_registers(after.attention[len(after.attention) - len(after.registers) :])
@@ -286,19 +305,12 @@ def _blocks(report: ArtifactReport) -> list[list[object]]:
     return [list(names.values()), *([record[name] for name in names] for record in report.layers)]
 
 
-def map_panel(shade: Tensor, colors: str, label: str, note: str) -> Record:
+def map_panel(shade: Tensor, colors: str, label: str, note: str) -> Panel:
     """Return a map for the template; `shade` is in [0, 1]."""
-    return {
-        "label": label,
-        "note": note,
-        "grid": tuple(shade.shape),
-        "kind": "pixels",
-        "image": data_url(colored(shade, colors)),
-        "outliers": [],
-    }
+    return Panel(label, note, data_url(colored(shade, colors)), shade.shape)
 
 
-def _example(example: Record, report: ArtifactReport) -> list[Record]:
+def _example(example: Record, report: ArtifactReport) -> list[Panel]:
     """Return the image, its norms, and the attention of CLS (if any) and of each register."""
     beyond = [
         map_panel(stretch(torch.tensor(values, dtype=torch.float64), 0, high), "viridis", label, note)
@@ -322,34 +334,33 @@ def _logs(example: Record) -> Tensor:
     return torch.tensor(example["norms"], dtype=torch.float64).clamp(min=1e-12).log()
 
 
-def _picture(example: Record, report: ArtifactReport) -> Record:
+def _outliers(example: Record, report: ArtifactReport) -> list[list[int]]:
+    return (_logs(example).exp() > report.cutoff).nonzero().tolist() if report.bimodal else []
+
+
+def _picture(example: Record, report: ArtifactReport) -> Panel:
     """Return the image with a frame around each outlier."""
-    return {
-        "label": "image",
-        "note": f"{example['num_outliers']} outliers" if report.bimodal else "no distinct outliers",
-        "grid": tuple(example["grid"]),
-        "kind": "image",
-        "image": f"data:image/jpeg;base64,{example['picture']}",
-        "outliers": (_logs(example).exp() > report.cutoff).nonzero().tolist() if report.bimodal else [],
-    }
+    note = f"{example['num_outliers']} outliers" if report.bimodal else "no distinct outliers"
+    url = f"data:image/jpeg;base64,{example['picture']}"
+    return Panel("image", note, url, example["grid"], kind="image", outliers=_outliers(example, report))
 
 
-def _norm_map(example: Record, report: ArtifactReport, scale: Tensor) -> Record:
+def _norm_map(example: Record, report: ArtifactReport, scale: Tensor, label: str = "norm") -> Panel:
     """Return the norms in the range of `scale`, logarithms of norms."""
-    logs, outliers = _logs(example), _picture(example, report)["outliers"]
+    logs = _logs(example)
     low, high = torch.quantile(scale, 0.01).item(), scale.max().item()
     note = f"block {report.layer}, {logs.min().exp():.3g} to {logs.max().exp():.3g}"
-    return map_panel(stretch(logs, low, high), "viridis", "norm", note) | {"outliers": outliers}
+    return replace(map_panel(stretch(logs, low, high), "viridis", label, note), outliers=_outliers(example, report))
 
 
-def attention_panel(values: Sequence[Sequence[float]] | Tensor, label: str) -> Record:
+def attention_panel(values: Sequence[Sequence[float]] | Tensor, label: str) -> Panel:
     """Return an attention map for the template, on a scale of its own."""
     attention = torch.as_tensor(values, dtype=torch.float64)
     shade = stretch(attention, *attention_limits(attention))
     return map_panel(shade, "magma", label, f"{attention.sum():.0%} on patches")
 
 
-def _positions(report: ArtifactReport) -> list[Record]:
+def _positions(report: ArtifactReport) -> list[Panel]:
     """Return where the outliers are, and the mean attention of CLS (if any)."""
     share = torch.tensor(report.outliers["position_map"], dtype=torch.float64)
     most = f"0 to {share.max():.1%} of the images"

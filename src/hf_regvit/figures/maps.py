@@ -374,11 +374,9 @@ def write_report_figures(report: "ArtifactReport", folder: str | Path) -> list[P
             _draw_attention(axes[1:-1], image, attention, first=1 - len(rows))
         _draw_norms(figure, axes[-1], image, torch.tensor(example["norms"]))
         figures[f"example_{number:02d}"] = figure
-    paths = []
     for name, figure in figures.items():
         save_figure(figure, folder / f"{name}.png")
-        paths.append(folder / f"{name}.png")
-    return paths
+    return [folder / f"{name}.png" for name in figures]
 
 
 def lost_figure(image: Image.Image, result: "LostResult") -> "Figure":
