@@ -450,6 +450,25 @@ def test_retrofit_moves_the_outliers_and_says_so(tmp_path):
     assert RetrofitReport(**json.loads(path.read_text())) == report
 
 
+def test_predictions_of_a_classifier_are_compared():
+    config = copy.deepcopy(PLANTED_MODEL.config)
+    config.num_labels, config.drop_path_rate = 12, 0.5
+    torch.manual_seed(0)
+    model = RegViTForImageClassification(config)
+    model.regvit.load_state_dict(PLANTED_MODEL.state_dict())
+    model.classifier.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    result = retrofit(model.train(), IMAGES, processor=PROCESSOR, progress=False, top_k=1, num_register_tokens=2)
+    assert model.training  # as it was given, although it was measured in eval mode
+    tested = [result.transform(image) for image, here in zip(IMAGES, _divide(64, 0)["judged"], strict=True) if here]
+    classes = [one.eval()(torch.stack(tested)).logits.argmax(dim=-1) for one in (model, result.model)]
+    judged = result.report.judged
+    assert judged["after"]["same_class"] == (classes[0] == classes[1]).float().mean().item()
+    assert judged["before"]["same_class"] == 1
+    assert judged["neurons silenced, no register"]["same_class"] < 1
+    assert "| same class |" in result.summary()
+    assert f"The predicted class is the same for {judged['after']['same_class']:.1%}." in result.report.card_text
+
+
 def test_what_is_asked_for_is_not_chosen():
     result = retrofit(PLANTED_MODEL, IMAGES, processor=PROCESSOR, progress=False, top_k=2, num_register_tokens=3)
     assert len(result.report.tried) == 1

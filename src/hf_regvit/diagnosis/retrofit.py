@@ -13,7 +13,7 @@ as in `model.layers`.
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar
@@ -28,11 +28,11 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..data.preparation import PreparedImages, prepare_images
 from ..models.loading import choose_device, open_model, open_regvit, short_names
 from ..models.manifest import whole_checkpoint
-from ..models.modeling_regvit import RegViTPreTrainedModel
+from ..models.modeling_regvit import RegViTForImageClassification, RegViTPreTrainedModel
 from ..models.processing import EvaluationTransform, ImageProcessor, known_processor
 from ..models.results import Record, Result, Stopwatch, markdown_table
 from ..models.saving import check_space, keeping, num_bytes
-from ..models.tokens import TokenReader
+from ..models.tokens import TokenReader, evaluating
 from .outliers import find_cutoff, reported_layer
 from .readings import read_norms, token_norms
 from .register_neurons import (
@@ -82,8 +82,9 @@ class RetrofitReport(Result):
         judged: Measurements on the test images: "before", "after" and the controls "registers alone", "neurons
             silenced, no register", "random neurons". Each has `outlier_share` and `max_norm` at the layer,
             `last_max_norm`, `median_norm`, `layers_with_outliers` (according to a diagnosis of the test images), the
-            cosines of CLS and of normal patches with those before, and the share of the attention of CLS on former
-            outliers and on registers. Without CLS, `cls_cosine` is that of the mean patch, and no attention is read.
+            cosines of CLS and of normal patches with those before, the share of the attention of CLS on former
+            outliers and on registers, and for a classifier the share of images with the same class as before. Without
+            CLS, `cls_cosine` is that of the mean patch, and no attention is read.
         settings: Settings of the call.
         seconds: Wall time of each step.
         passes: One record per group of neurons, in the order of the search: layer, cut-off and emergence of its
@@ -133,13 +134,14 @@ class RetrofitReport(Result):
     def card_text(self) -> str:
         """Paragraph for a model card."""
         after = self.judged["after"]
+        same = f" The predicted class is the same for {after['same_class']:.1%}." if "same_class" in after else ""
         return (
             f"The model has test-time registers (arXiv 2506.08010), which need no training. {len(self.neurons)} of "
             f"the {self.model['num_neurons']:,} MLP neurons ({self._neuron_text(10)}, as block.neuron counted from 0) "
             f"write into {self.num_register_tokens} zero register{'s' * (self.num_register_tokens > 1)} instead of "
             f"into patches. Result on {self.images['judged']} held-out images: {self.verdict} The mean cosine with "
             f"the base model is {after['cls_cosine']:.3f} for {self._vector} and {after['patch_cosine']:.3f} for "
-            "patches that were not outliers."
+            f"patches that were not outliers.{same}"
         )
 
     def summary(self) -> str:
@@ -182,6 +184,7 @@ class RetrofitReport(Result):
             "patches": ("patch_cosine", ".3f"),
             "CLS on outliers": ("attention_on_outliers", ".1%"),
             "registers": ("attention_on_registers", ".1%"),
+            "same class": ("same_class", ".1%"),
         }
         columns = {title: column for title, column in columns.items() if column[0] in self.judged["before"]}
         rows = [[name, *(f"{row[key]:{form}}" for key, form in columns.values())] for name, row in self.judged.items()]
@@ -414,6 +417,7 @@ class _SearchReadings:
     cls: Tensor  # (B, D) after the final norm; the mean patch without CLS
     patches: Tensor  # (B, N, D) after the final norm
     attention: Tensor | None  # (B, T) attention of CLS, if any, in the last block, mean over heads
+    classes: Tensor | None = None  # (B,) classes that a classifier predicts
 
 
 def _read(reader: TokenReader, pixel_values: Tensor) -> _SearchReadings:
@@ -423,6 +427,16 @@ def _read(reader: TokenReader, pixel_values: Tensor) -> _SearchReadings:
     patches, attention = tokens[:, prefix:], read.get("attention")
     cls = tokens[:, 0] if residual.has_cls else patches.mean(dim=1)
     return _SearchReadings(norms, cls, patches, None if attention is None else attention.at().mean(dim=1))
+
+
+def _read_with_classes(reader: TokenReader, pixel_values: Tensor) -> _SearchReadings:
+    """Read a batch, and predict its classes if the model is a classifier."""
+    seen, model = _read(reader, pixel_values), reader.model
+    if not isinstance(model, RegViTForImageClassification):
+        return seen
+    with evaluating(model):
+        logits = model(pixel_values.to(model.device, model.dtype)).logits
+    return replace(seen, classes=logits.argmax(dim=-1))
 
 
 class _Tally:
@@ -443,6 +457,8 @@ class _Tally:
             _, registers, patches = after.attention.split([1, self.registers, outlier.shape[1]], dim=1)
             found["attention_on_outliers"] = (patches * outlier).sum(dim=1)
             found["attention_on_registers"] = registers.sum(dim=1)
+        if before.classes is not None and after.classes is not None:
+            found["same_class"] = (before.classes == after.classes).float()
         for name, values in found.items():
             self.values.setdefault(name, []).append(values)
         self.norms.append(after.norms)
@@ -634,9 +650,9 @@ def _measure_on_test_images(
         for name, variant in readers.items()
     }
     for batch in batches:
-        before, mask = _read(reader, batch), search.mask(batch)
+        before, mask = _read_with_classes(reader, batch), search.mask(batch)
         for name, variant in readers.items():
-            tallies[name].add(before, before if variant is reader else _read(variant, batch), mask)
+            tallies[name].add(before, before if variant is reader else _read_with_classes(variant, batch), mask)
     return {name: tally.row() for name, tally in tallies.items()}
 
 

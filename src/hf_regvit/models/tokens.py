@@ -255,7 +255,7 @@ class TokenReader:
         pixel_values = self._checked(pixel_values)
         wanted = {site: resolve_layers(layers, description.num_layers, site) for site, layers in sites.items()}
         collector = _Collector(self.family, description, wanted, dict(reduce or {}))
-        with _evaluating(tower), all_patches_in_order(tower, name), collector.attached(tower):
+        with evaluating(tower), all_patches_in_order(tower, name), collector.attached(tower):
             tower(pixel_values, **forward_options(name, description.image_size, description.patch_size, pixel_values))
         return collector.readings()
 
@@ -487,7 +487,7 @@ def forward_options(
 
 
 @contextmanager
-def _evaluating(tower: nn.Module) -> Iterator[None]:
+def evaluating(tower: nn.Module) -> Iterator[None]:
     """Compute without gradients, in eval mode and without compiled graphs, and restore the mode of each module."""
     training = [module for module in tower.modules() if module.training]
     if training:
