@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,6 +35,7 @@ from hf_regvit.evaluation.run import LabeledFeatures, compare_backbones, evaluat
 from hf_regvit.evaluation.tasks import TASKS, settings_from, task_options
 from hf_regvit.models.loading import model_fingerprint, open_model, short_names
 from hf_regvit.models.processing import default_image_processor
+from hf_regvit_cli import parser_of
 
 CLASSES = ("blue", "green", "red")
 QUICK = {
@@ -899,6 +901,9 @@ def test_two_models_on_the_command_line(folders, data, capsys):
     assert "linear heads on CLS, 5 SGD steps" in printed
     assert printed.replace("\n\nreport", "\nreport").startswith((folders / "out" / "report.md").read_text()[14:90])
     assert len(list((folders / "out" / "features").glob("*.safetensors"))) == 4
+    command, *words = shlex.split(printed.splitlines()[-1].removeprefix("next: regvit "))
+    values = parser_of(command).values(words)  # with placeholders for what only the user knows
+    assert (command, values["model"], values["reports"]) == ("publish", str(folders / "b"), [str(folders / "out")])
     assert cli.main([*args, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [len(one["scores"]) for one in result["results"]] == [3, 3]
