@@ -4,6 +4,7 @@
 process, which has the libraries loaded and has never computed a gradient.
 """
 
+import gc
 import json
 import os
 import signal
@@ -11,6 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
+
+import matplotlib.backends.backend_agg  # noqa: F401  (every fork would import it)
 
 from hf_regvit.hub.export import export
 from hf_regvit.hub.exported import ExportError, check
@@ -178,6 +181,8 @@ def remains(writer: str, folder: Path, unbroken: Path) -> list[str]:
 
 
 def main(writer: str, count: int, folder: Path) -> None:
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy all memory
     unbroken = folder / "unbroken"
     status, changes = forked(lambda: WRITERS[writer](unbroken), unbroken)
     assert status == 0, "the unbroken run failed"
