@@ -43,7 +43,7 @@ demo: $(VENV)/installed ## pretrain a small RegViT and write a page about it, in
 	@echo "About 2 minutes on two idle cores. The libraries take the first seconds."
 	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/python examples/demo.py $(if $(DATA),--data "$(DATA)")
 
-test: $(VENV)/installed-dev ## run the fast tests (about 4 minutes on two cores)
+test: $(VENV)/installed-dev ## run the fast tests (about 3 minutes on two cores)
 	$(PYTEST) --ignore $(ENGINES)
 	$(PYTEST) --dist load $(ENGINES)
 
