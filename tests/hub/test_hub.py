@@ -340,6 +340,8 @@ def test_preprocessing_in_words():
                  "crop_size": {"height": 224, "width": 200}, "image_std": [0.2]}  # fmt: skip
     words = describe_preprocessing(json.dumps(processor))
     assert words == "resized to 256, cropped to 224 x 200, mean [0.5], standard deviation [0.2]"
+    words = describe_preprocessing(json.dumps(processor | {"do_normalize": False}))
+    assert words == "resized to 256, cropped to 224 x 200, not normalized"
     assert describe_preprocessing("center crop 224") == "center crop 224"
 
 

@@ -343,7 +343,10 @@ def describe_preprocessing(text: str) -> str:
     steps = [f"resized to {size(processor['size'])}"] if processor.get("do_resize") else []
     if processor.get("do_center_crop"):
         steps.append(f"cropped to {size(processor['crop_size'])}")
-    steps.append(f"mean {processor.get('image_mean')}, standard deviation {processor.get('image_std')}")
+    if processor.get("do_normalize", True):
+        steps.append(f"mean {processor.get('image_mean')}, standard deviation {processor.get('image_std')}")
+    else:
+        steps.append("not normalized")
     return ", ".join(steps)
 
 
