@@ -39,11 +39,11 @@ def test_fifty_changed_configurations(tmp_path, family):
         chosen = rng.choice(fields, int(rng.integers(1, 4)), replace=False)
         changes = {str(name): VALUES[int(rng.integers(len(VALUES)))] for name in chosen}
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
-        started = time.perf_counter()
+        started = time.process_time()
         for read in (open_model, convert):
             with suppress(*TYPED):
                 read(folder)
-        assert time.perf_counter() - started < 20, changes
+        assert time.process_time() - started < 20, changes
 
 
 @pytest.mark.parametrize(

@@ -53,14 +53,14 @@ def test_thirty_mutations_of_each_format(name):
     rng = np.random.default_rng(list(name.encode()))
     whole = encoded(noise(1, (64, 48)), **options)
     for _ in range(30):
-        content, started = mutated(whole, rng), time.perf_counter()
+        content, started = mutated(whole, rng), time.process_time()
         with suppress(BadImageError):
             width, height = open_image(content).size
             assert min(width, height) >= 16
             assert width * height <= ImageLimits().max_pixels
         with suppress(BadImageError):
             image_facts(content, name=name)
-        assert time.perf_counter() - started < 10
+        assert time.process_time() - started < 10
 
 
 def many_scans() -> bytes:
@@ -109,14 +109,14 @@ SLOW = {
 @pytest.mark.parametrize("name", SLOW)
 def test_small_files_that_cost_minutes_are_refused_before_they_are_decoded(name):
     make, words = SLOW[name]
-    content, started = make(), time.perf_counter()
+    content, started = make(), time.process_time()
     with pytest.raises(BadImageError, match=words):
         open_image(content)
     with ThreadPoolExecutor(1) as threads, pytest.raises(BadImageError, match=words):  # as in the demo
         threads.submit(open_image, content).result()
     with suppress(BadImageError):
         image_facts(content, name=name)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_ordinary_files_stay_below_the_bounds():

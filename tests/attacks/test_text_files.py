@@ -45,14 +45,14 @@ def test_a_hundred_changed_recipes(tmp_path):
             place = int(rng.integers(len(text)))
             cut = int(rng.integers(0, 6))
             text = text[:place] + signs[int(rng.integers(len(signs)))] + text[place + cut :]
-        path, started = write(tmp_path / f"{number}.yaml", text.encode("utf-8", "replace")), time.perf_counter()
+        path, started = write(tmp_path / f"{number}.yaml", text.encode("utf-8", "replace")), time.process_time()
         try:
             RecipeParser(arguments_class("pretrain")).parse(["--config", str(path)])
         except (RecipeError, ValueError, SystemExit):
             refused += 1
         else:
             read += 1
-        assert time.perf_counter() - started < 5
+        assert time.process_time() - started < 5
     assert refused + read == 100
     assert refused > 50
     assert read > 5
@@ -77,10 +77,10 @@ ALIASES += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in r
     ids=["aliases", "brackets", "braces", "dashes", "long", "object", "date"],
 )
 def test_recipes_that_cost_minutes_are_refused_at_once(tmp_path, text, words):
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(RecipeError, match=words):
         RecipeParser(arguments_class("pretrain")).parse(["--config", str(write(tmp_path / "recipe.yaml", text))])
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_few_aliases_are_fine(tmp_path):
