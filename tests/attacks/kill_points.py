@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
-import matplotlib.backends.backend_agg  # noqa: F401  (every fork would import it)
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401  (every fork would import both)
 
 from hf_regvit.hub.export import export
 from hf_regvit.hub.exported import ExportError, check
