@@ -87,6 +87,8 @@ def test_attention_is_the_one_of_the_figures(explorer, query, head):
     expected = torch.from_numpy(reader.attention_maps(IMAGE.image, query=query, layer=2)[0])
     expected = expected.mean(0) if head is None else expected[head]
     torch.testing.assert_close(view.attention_from(query, head=head), expected, atol=1e-3, rtol=1e-3)  # float16 kept
+    with pytest.raises(ValueError, match=r"no token query=\('register', 9\)"):
+        view.attention_from(("register", 9))
 
 
 def test_similarity_norms_and_place_against_loops(explorer):

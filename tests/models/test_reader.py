@@ -221,6 +221,14 @@ def test_the_processor_is_the_one_of_the_model(tmp_path):
     assert TokenReader(model).processor is given
 
 
+def test_a_transform_that_cannot_be_saved_with_the_model_is_named_before_anything_is_written(tmp_path):
+    model = build("regvit")
+    model.image_processor = TokenReader(model, processor_of()).transform
+    with pytest.raises(TypeError, match="EvaluationTransform is no image_processor of transformers; use one"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_without_a_processor_images_are_refused_and_pixels_are_read(tmp_path):
     model = build("regvit")
     model.save_pretrained(tmp_path)

@@ -101,8 +101,10 @@ def results_page(views: Mapping[str, View], request: MapRequest, *, address: str
 def _registers(view: View, request: MapRequest) -> list[_Panel]:
     """Return the attention of the registers; equal ones are one map."""
     count = view.description.num_register_tokens
-    if not count or view.attention is None:
-        return [_attention(view, request, ("register", 0), "registers")] * bool(count)
+    if not count:
+        return []
+    if view.attention is None:
+        return [_attention(view, request, ("register", 0), "registers")]  # says why there is none
     found = distinct_registers(torch.stack([view.attention_from(("register", i)) for i in range(count)]))
     return [_attention(view, request, ("register", int(name.split()[1]) - 1), name) for name, _ in found]
 

@@ -27,7 +27,7 @@ from ..evaluation.lost import LostResult, LostSettings, lost_box
 from ..figures.maps import TokenMaps, pca_colors
 from ..models.families import ModelDescription
 from ..models.loading import open_model
-from ..models.tokens import Query, Site, TokenReader
+from ..models.tokens import Query, Site, TokenReader, token_index
 
 logger = logging.getLogger(__name__)
 
@@ -124,17 +124,11 @@ class View:
             (rows, columns) float32.
 
         Raises:
-            ValueError: The model computes attention in a way that is not known.
+            ValueError: The model computes attention in a way that is not known, or has no such token.
         """
         if self.attention is None:
             raise ValueError("The attention of this model cannot be read, because its formula is not known.")
-        kind, *at = (query,) if isinstance(query, str) else query
-        if kind == "cls":
-            index = 0
-        elif kind == "register":
-            index = self.first_patch - self.description.num_register_tokens + at[0]
-        else:
-            index = self.first_patch + at[0] * self.grid[1] + at[1]
+        index = token_index(self.description, query, self.grid)
         rows = self.attention[:, index, self.first_patch :].float()  # (heads, N)
         return (rows.mean(0) if head is None else rows[head]).unflatten(0, self.grid)
 

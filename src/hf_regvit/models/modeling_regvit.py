@@ -656,8 +656,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # Must be the whole embedding, not only its patch embedding: FSDP2 shards this module after `_no_split_modules`
-    # and fails if one is nested in the other.
+    # The whole embedding: FSDP2 shards this module after `_no_split_modules`, and fails if one is nested in the other.
     _input_embed_layer = "embeddings"
     _keys_to_ignore_on_load_unexpected = [r"mask_token", r"^(regvit\.)?(pooler|projection)\."]
     image_processor: Any = None  # set by `convert`: the processor of the source, which is saved with the model
@@ -726,6 +725,8 @@ class RegViTPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save like any transformers model, with `image_processor` if there is one, so that a pipeline can load it."""
+        if not hasattr(self.image_processor or self, "save_pretrained"):
+            raise TypeError(f"{type(self.image_processor).__name__} is no image_processor of transformers; use one.")
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.image_processor is not None and kwargs.get("is_main_process", True):
             hub = {"push_to_hub", "repo_id", "token", "private", "revision", "create_pr", "commit_message"}

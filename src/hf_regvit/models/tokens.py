@@ -134,6 +134,23 @@ def _by(size: tuple[int, int]) -> str:
 Query = Literal["cls"] | tuple[Literal["register"], int] | tuple[Literal["patch"], int, int]
 
 
+def token_index(description: ModelDescription, query: Query, grid: tuple[int, int]) -> int:
+    """Return the place of a token in the sequence of a model; raise ValueError if it has no such token."""
+    d = description
+    known = {"cls": (int(d.has_cls),), "register": (d.num_register_tokens,), "patch": grid}
+    kind, *place = (query,) if isinstance(query, str) else query
+    if kind == "cls" and not place:
+        place = [0]
+    inside = kind in known and len(place) == len(known[kind])
+    if not inside or not all(0 <= at < size for at, size in zip(place, known[kind])):
+        raise ValueError(
+            f"The model has no token query={query!r}. It has {_kinds(d)} + {_by(grid)} patches; expected 'cls', "
+            "('register', i) or ('patch', row, column), counted from 0."
+        )
+    first = {"cls": 0, "register": d.num_prefix_tokens - d.num_register_tokens, "patch": d.num_prefix_tokens}
+    return first[kind] + (place[0] * grid[1] + place[1] if kind == "patch" else place[0])
+
+
 class TokenReader:
     """Reader of one model, which finds its tower, family, norm and image transform once.
 
@@ -358,7 +375,7 @@ class TokenReader:
         prefix, maps = self.description.num_prefix_tokens, []
         for pixels in self.batches(images, batch_size, one_size=True):
             rows, columns = (side // step for side, step in zip(pixels.shape[-2:], self.description.patch_size))
-            token = self._token_of(query, (rows, columns))
+            token = token_index(self.description, query, (rows, columns))
 
             def keep(weights: torch.Tensor, layer: int, token: int = token) -> torch.Tensor:
                 return weights[:, :, token, prefix:]
@@ -366,22 +383,6 @@ class TokenReader:
             reading = self.read(pixels, layers=(layer,), site="attention", reduce=keep)
             maps.append(finite_values(reading).unflatten(2, reading.grid))
         return torch.cat(maps).numpy()
-
-    def _token_of(self, query: Query, grid: tuple[int, int]) -> int:
-        """Return the place of a token in the sequence."""
-        d = self.description
-        known = {"cls": (int(d.has_cls),), "register": (d.num_register_tokens,), "patch": grid}
-        kind, *place = (query,) if isinstance(query, str) else query
-        if kind == "cls" and not place:
-            place = [0]
-        inside = kind in known and len(place) == len(known[kind])
-        if not inside or not all(0 <= at < size for at, size in zip(place, known[kind])):
-            raise ValueError(
-                f"The model has no token query={query!r}. It has {_kinds(d)} + {_by(grid)} patches; expected 'cls', "
-                "('register', i) or ('patch', row, column), counted from 0."
-            )
-        first = {"cls": 0, "register": d.num_prefix_tokens - d.num_register_tokens, "patch": d.num_prefix_tokens}
-        return first[kind] + (place[0] * grid[1] + place[1] if kind == "patch" else place[0])
 
     def batches(
         self, images: object, batch_size: int, *, one_size: bool = False, image_size: int | None = None
