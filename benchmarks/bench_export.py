@@ -8,7 +8,8 @@ so that drifting machine speed affects them equally. Prints medians in milliseco
 time of transformers in float32 divided by that of the system (above 1: faster); and the seconds and the peak memory
 that a new process needs to load the system and run it once (memory under Linux only). int8 is calibrated on tiles of
 the built-in images, which suffice for its speed; its accuracy is measured by int8_evidence.py. The plain exports
-of the peers are for one image. `--threads` sets the threads of all systems.
+of the peers are for one image. `--threads` sets the threads of all systems. Files of an earlier run in the same
+`--output_dir` are timed again instead of being exported.
 """
 
 import argparse
@@ -192,8 +193,9 @@ def main() -> None:
     for size in args.models:
         for pixels in args.sizes:
             folder = args.output_dir / f"{size}_{pixels}"
-            folder.mkdir(parents=True)
-            write_exports(folder, size, pixels, systems)
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                write_exports(folder, size, pixels, systems)
             processes = {system: measure_process(args, system, folder, size, pixels) for system in systems}
             for system, numbers in processes.items():
                 print(f"{size:6} {pixels}  {system:30} load {numbers['load_seconds']} s, {numbers['peak_mib']} MiB")
