@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -398,9 +399,38 @@ def test_run_py_checks_itself_without_torch_and_this_package(folder, tmp_path):
         assert "FAILED" not in done.stdout
 
 
-def test_a_changed_file_is_refused(folder, tmp_path):
-    import shutil
+def test_run_py_says_in_one_line_what_is_wrong(folder, tmp_path):
+    picture = tmp_path / "a.png"
+    image(1, (60, 60)).save(picture)
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "half.png").write_bytes(picture.read_bytes()[:200])
+    shutil.copytree(folder, tmp_path / "changed")
+    with (tmp_path / "changed" / "onnx" / "model.onnx").open("ab") as file:
+        file.write(b"x")
+    hide = "import importlib.util as i; f = i.find_spec; i.find_spec = lambda name: None if name in {} else f(name); "
+    without_pillow, without_engines = hide.format(["PIL"]), hide.format(["onnxruntime", "openvino"])
+    for where, hidden, words, reason in (
+        (folder, "", [tmp_path / "none.png"], "none.png cannot be read as an image: .*No such file"),
+        (folder, "", [tmp_path / "text.jpg"], "text.jpg cannot be read as an image: cannot identify"),
+        (folder, "", [tmp_path / "half.png"], "half.png cannot be read as an image"),
+        (folder, "", [tmp_path], "cannot be read as an image: .*Is a directory"),
+        (folder, without_pillow, [picture], "Pillow, which is not installed. Run: pip install pillow"),
+        (folder, without_engines, [picture], "engine .* is not installed. Run: pip install"),
+        (folder, without_engines, ["--check"], "engine .* is not installed. Run: pip install"),
+        (folder, "", ["--engine", "torch", "--check"], "has no file for engine='torch'. It has"),
+        (folder, "", ["--precision", "f64", picture], "has no file with precision='f64'"),
+        (tmp_path / "changed", "", ["--check"], "is not the file that was proved"),
+        (tmp_path / "changed", "", [picture], "is not the file that was proved"),
+    ):
+        arguments = ["run.py", *map(str, words)]
+        code = f"import sys, runpy; {hidden}sys.argv = {arguments}; runpy.run_path({str(where / 'run.py')!r}, "
+        code += "run_name='__main__')"
+        done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, ""), words
+        assert re.fullmatch(f"error: .*{reason}.*\n", done.stderr), done.stderr
 
+
+def test_a_changed_file_is_refused(folder, tmp_path):
     copied = tmp_path / "copy"
     shutil.copytree(folder, copied)
     path = copied / "onnx" / "model.onnx"
@@ -799,8 +829,6 @@ def test_a_bundle_takes_the_page_along_and_the_files_of_every_engine_but_torch(p
 
 @pytest.mark.slow
 def test_a_bundle_takes_no_other_runtime_and_no_file_of_torch_alone(page, classifier, tmp_path):
-    import shutil
-
     changed = shutil.copytree(page, tmp_path / "changed")
     (changed / "runtime" / "ort.wasm.min.mjs").write_text("another program")
     (tmp_path / "output").mkdir()

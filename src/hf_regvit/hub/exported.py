@@ -245,10 +245,15 @@ def _torch(path: str, threads: int, hint: str, entry: str) -> Run:
 
 def preprocess(image: "str | Path | Image", settings: dict[str, Any]) -> np.ndarray:
     """Return an image, a path or a Pillow image, as pixels (height, width, 3) in uint8, resized and cropped."""
+    if not is_installed("PIL"):
+        raise ImportError("Images are read with Pillow, which is not installed. Run: pip install pillow")
     from PIL import Image, ImageOps
 
-    opened = Image.open(image) if isinstance(image, str | Path) else image
-    opened = ImageOps.exif_transpose(opened).convert("RGB")
+    try:
+        opened = Image.open(image) if isinstance(image, str | Path) else image
+        opened = ImageOps.exif_transpose(opened).convert("RGB")
+    except Exception as error:  # Pillow raises a dozen types for a damaged file
+        raise ExportError(f"{image!s} cannot be read as an image: {error}. Use another one.") from error
     if resize := settings["resize"]:
         width, height = opened.size
         if edge := resize.get("shortest_edge"):
@@ -332,16 +337,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine", choices=ENGINES, help="Inference engine. Default: the first one installed.")
     parser.add_argument("--precision", help="Precision of the file, or bf16.")
     given, folder = parser.parse_args(arguments), Path(__file__).resolve().parent
-    if given.check:
-        rows = check(folder, engine=given.engine)
-        for file, name, error, cosine, passed in rows:
-            verdict = "ok" if passed else "FAILED"
-            sys.stdout.write(f"{file}  {name}: largest error {error:.2g}, cosine {cosine:.6f}, {verdict}\n")
-        if not rows:
-            sys.stdout.write("No file was checked, because no engine is installed. Run: pip install onnxruntime\n")
-        return 0 if rows and all(row[-1] for row in rows) else 1
-    if not given.images:
+    if not given.check and not given.images:
         parser.error("name an image, or add --check")
+    try:
+        return _print_check(folder, given.engine) if given.check else _print_outputs(folder, given)
+    except (ExportError, ImportError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def _print_check(folder: Path, engine: str | None) -> int:
+    rows = check(folder, engine=engine)
+    for file, name, error, cosine, passed in rows:
+        verdict = "ok" if passed else "FAILED"
+        sys.stdout.write(f"{file}  {name}: largest error {error:.2g}, cosine {cosine:.6f}, {verdict}\n")
+    if not rows:
+        _choose(folder, load_proof(folder)["files"], engine, None)  # raises with the reason
+    return 0 if rows and all(row[-1] for row in rows) else 1
+
+
+def _print_outputs(folder: Path, given: argparse.Namespace) -> int:
     model = load_exported(folder, engine=given.engine, precision=given.precision)
     labels = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label", {})
     for image in given.images:
