@@ -1,6 +1,7 @@
 """The recorder of errors finds comparisons that hold by a small margin, of every kind that the tests use."""
 
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,8 @@ def test_small_margins_are_printed_and_fail(tmp_path, workers):
     (tmp_path / "test_it.py").write_text("\n".join(lines) + "\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\nenable_assertion_pass_hook = true\n")
     command = [sys.executable, "-m", "pytest", "-q", "-n", workers, "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    plain = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    done = subprocess.run(command, cwd=tmp_path, env=plain, capture_output=True, text=True, check=False)
     assert f"{len(COMPARISONS)} passed" in done.stdout, done.stdout
     assert done.returncode == 1
     found = {
