@@ -47,10 +47,9 @@ test: $(VENV)/installed-dev ## run the fast tests (about 3 minutes on two cores)
 	$(PYTEST) --ignore $(ENGINES)
 	$(PYTEST) --dist load $(ENGINES)
 
-# Many slow tests wait for processes that they start, so a third test process uses the time.
 test-all: $(VENV)/installed-dev ## run all tests: fast, slow, remote code, the common suite of transformers
 	$(BIN)/python scripts/dev/get_hf_common_tests.py
-	$(PYTEST) -n 3 -m "not gpu" $(ERROR_SHARE) --ignore $(ENGINES)
+	$(PYTEST) -m "not gpu" $(ERROR_SHARE) --ignore $(ENGINES)
 	$(PYTEST) --dist load -m "not gpu" $(ERROR_SHARE) $(ENGINES)
 
 test-attacks: $(VENV)/installed-dev ## run the attacks: full disks, killed writers, hostile files (under 5 minutes on two idle cores)
