@@ -414,7 +414,7 @@ def test_run_py_says_in_one_line_what_is_wrong(folder, tmp_path):
         (folder, "", [tmp_path / "text.jpg"], "text.jpg cannot be read as an image: cannot identify"),
         (folder, "", [tmp_path / "half.png"], "half.png cannot be read as an image"),
         (folder, "", [tmp_path], "cannot be read as an image: .*Is a directory"),
-        (folder, without_pillow, [picture], "Pillow, which is not installed. Run: pip install pillow"),
+        (folder, without_pillow, [picture], "with Pillow, which is not installed. Run: pip install pillow"),
         (folder, without_engines, [picture], "engine .* is not installed. Run: pip install"),
         (folder, without_engines, ["--check"], "engine .* is not installed. Run: pip install"),
         (folder, "", ["--engine", "torch", "--check"], "has no file for engine='torch'. It has"),
@@ -428,6 +428,13 @@ def test_run_py_says_in_one_line_what_is_wrong(folder, tmp_path):
         done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, ""), words
         assert re.fullmatch(f"error: .*{reason}.*\n", done.stderr), done.stderr
+
+
+def test_resizing_without_pillow_says_what_to_install(folder, monkeypatch):
+    loaded = load_exported(folder, resize=True)
+    monkeypatch.setattr(exported, "is_installed", lambda module: module != "PIL")
+    with pytest.raises(ImportError, match="resized with Pillow, which is not installed"):
+        loaded(np.zeros((1, 3, 40, 40), np.float32))
 
 
 def test_a_changed_file_is_refused(folder, tmp_path):

@@ -63,7 +63,8 @@ class ExportedModel:
                 Pillow images.
 
         Raises:
-            ExportError: The array has another type or a size without a proof.
+            ExportError: The array has another type or a size without a proof, or an image cannot be read.
+            ImportError: An image is given, or an array has to be resized, and Pillow is not installed.
         """
         if isinstance(images, np.ndarray):
             return self._run(self._checked(images))
@@ -243,10 +244,15 @@ def _torch(path: str, threads: int, hint: str, entry: str) -> Run:
 # ---- Images ------------------------------------------------------------------------------------------------------
 
 
+def require_pillow() -> None:
+    """Raise ImportError if Pillow is not installed, which reads and resizes images."""
+    if not is_installed("PIL"):
+        raise ImportError("Images are read and resized with Pillow, which is not installed. Run: pip install pillow")
+
+
 def preprocess(image: "str | Path | Image", settings: dict[str, Any]) -> np.ndarray:
     """Return an image, a path or a Pillow image, as pixels (height, width, 3) in uint8, resized and cropped."""
-    if not is_installed("PIL"):
-        raise ImportError("Images are read with Pillow, which is not installed. Run: pip install pillow")
+    require_pillow()
     from PIL import Image, ImageOps
 
     try:
@@ -278,6 +284,7 @@ def normalize(levels: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
 
 def resized(image: np.ndarray, size: Sequence[int], *, channels_first: bool) -> np.ndarray:
     """Return an array of one image at another size, (height, width), with bicubic resampling."""
+    require_pillow()
     from PIL import Image
 
     channels = image if channels_first else image.transpose(2, 0, 1)
