@@ -34,7 +34,7 @@ from hf_regvit import RegViTConfig, RegViTModel, export, load_exported
 from hf_regvit.hub.export_programs import quiet
 from hf_regvit.hub.exported import available_threads, run_file
 from hf_regvit.models.processing import default_image_processor
-from hf_regvit.models.saving import write_json
+from hf_regvit.models.saving import whole_folder, write_json
 
 Run = Callable[[np.ndarray], Any]
 
@@ -193,9 +193,9 @@ def main() -> None:
     for size in args.models:
         for pixels in args.sizes:
             folder = args.output_dir / f"{size}_{pixels}"
-            if not folder.exists():
-                folder.mkdir(parents=True)
-                write_exports(folder, size, pixels, systems)
+            if not any(folder.glob("[!.]*")):
+                with whole_folder(folder) as staged:
+                    write_exports(staged, size, pixels, systems)
             processes = {system: measure_process(args, system, folder, size, pixels) for system in systems}
             for system, numbers in processes.items():
                 print(f"{size:6} {pixels}  {system:30} load {numbers['load_seconds']} s, {numbers['peak_mib']} MiB")
