@@ -19,9 +19,9 @@ from hf_regvit import RegViTConfig, RegViTModel
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-TUTORIALS = [*sorted((DOCS / "tutorials").glob("*.md")), DOCS / "how_to" / "export_a_model.md"]
+TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
+PAGES = [*TUTORIALS, DOCS / "how_to" / "export_a_model.md"]
 IN_A_KERNEL = "compare_two_backbones"  # its notebook is run, which has the same code
-AS_COMMANDS = [path for path in TUTORIALS if path.stem != IN_A_KERNEL]
 
 
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.S | re.M)
@@ -80,7 +80,7 @@ def workplace(tmp_path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tutorial", AS_COMMANDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("tutorial", [page for page in PAGES if page.stem != IN_A_KERNEL], ids=lambda page: page.stem)
 def test_tutorial_runs(tutorial, workplace):
     bin_folder = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
@@ -102,7 +102,7 @@ def test_tutorial_runs(tutorial, workplace):
         check_run_folder(workplace / "runs" / "full", tutorial.read_text())
 
 
-@pytest.mark.parametrize("tutorial", TUTORIALS[:-1], ids=lambda path: path.stem)
+@pytest.mark.parametrize("tutorial", TUTORIALS, ids=lambda path: path.stem)
 def test_a_notebook_is_its_tutorial(tutorial):
     wanted = load_script("scripts/dev/write_notebooks.py").notebook_of(tutorial)
     found = nbformat.read(ROOT / "docs" / "notebooks" / f"{tutorial.stem}.ipynb", as_version=4)
@@ -213,6 +213,6 @@ def test_shell_is_there():
 
 
 def test_images_of_the_tutorials_exist():
-    for tutorial in TUTORIALS:
+    for tutorial in PAGES:
         for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", tutorial.read_text()):
             Image.open(tutorial.parent / picture).verify()
